@@ -14,26 +14,44 @@ Nothing of qdrant_client is imported before a connection is opened: that takes m
 """
 
 import asyncio
+import logging
 import os
 import re
+import ssl
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from embedding_proxy.cache import private_files
 from embedding_proxy.providers.client_credential import key_mistake
 from embedding_proxy.providers.redaction import QuotedInputs, Redactor
 
-from .errors import Denied, NotInstalled, QdrantFailure, Rejected, translated
+from .errors import (
+    NO_CALL,
+    Call,
+    Denied,
+    Disconnected,
+    NotInstalled,
+    QdrantFailure,
+    Rejected,
+    TooLarge,
+    UntrustedCertificate,
+    WrongAddress,
+    translated,
+)
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
 
 T = TypeVar("T")
 
+log = logging.getLogger("embedding_proxy.qdrant")
+
+_CALLS_BEFORE_GROWTH = 16
 DEFAULT_PORT = 6333
 METADATA = (1, 16)
 """From which on a collection keeps its metadata: whose vectors it holds."""
@@ -41,20 +59,62 @@ INSERT_ONLY = (1, 17)
 """From which on a write can leave alone what is there."""
 
 
+_calls: ContextVar[Call] = ContextVar("calls", default=NO_CALL)
+"""The call that runs in this context."""
+
+
+async def _note_request(request: Any) -> None:  # noqa: ANN401 - the client's own httpx
+    method, path = request.method, request.url.path
+    _calls.set(Call(_action(method, path), f"{method} {path}"))
+
+
+def _action(method: str, path: str) -> str:
+    """Return in words what a call of the API does.
+
+    >>> _action("PUT", "/collections/docs/points"), _action("GET", "/collections/docs")
+    ('writing points to docs', 'reading the configuration of docs')
+    """
+    _, found, rest = path.partition("/collections/")
+    name, _, what = rest.partition("/")
+    if not found:
+        ends = {
+            "/collections": "listing collections",
+            "/aliases": "reading aliases",
+            "/": "reading the version",
+        }
+        return next((ends[one] for one in ends if path.endswith(one)), f"{method} {path}")
+    if rest == "aliases" and method == "POST":
+        return "changing aliases"
+    if what in _READS:
+        return f"reading points of {name}"
+    if what.startswith("points"):
+        return f"deleting points of {name}" if "delete" in what else f"writing points to {name}"
+    if what:
+        return f"{method} {path}"
+    verbs = {"GET": "reading the configuration of", "PUT": "creating", "DELETE": "deleting"}
+    return f"{verbs.get(method, 'changing')} {name}"
+
+
+_READS = {f"points{end}" for end in ("/scroll", "/query", "/count", "/search")}
+
+
 class Connection:
     """Qdrant at `url`, or in the folder `path`. Open it with `async with`.
 
     The port of a server is 6333 unless its `url` says another; its key is in the environment
-    variable `api_key_env`. A call takes `timeout_s` at most, in whole seconds.
+    variable `api_key_env`. A call takes `timeout_s` at most, in whole seconds. `ca_file` holds the
+    certificates to trust instead of the usual ones. With `grpc_port` calls go by gRPC to it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - how a server is reached
         self,
         *,
         url: str | None = None,
         path: Path | None = None,
         api_key_env: str | None = None,
         timeout_s: float = 60,
+        ca_file: Path | None = None,
+        grpc_port: int | None = None,
     ) -> None:
         if (url is None) == (path is None):
             raise ValueError("a connection has a url or a path")
@@ -62,6 +122,8 @@ class Connection:
         self._path = path
         self._api_key_env = api_key_env
         self._timeout_s = timeout_s
+        self._ca_file = ca_file
+        self._grpc_port = grpc_port
         self._redactor = Redactor()
         self._client: AsyncQdrantClient | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -74,8 +136,9 @@ class Connection:
     def _place(self) -> str:
         """The host and port of the server."""
         url = urlsplit(self._url or "")
+        port = self._grpc_port or url.port or DEFAULT_PORT
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-        return f"{host}:{url.port or DEFAULT_PORT}"
+        return f"{host}:{port}"
 
     @property
     def embedded(self) -> bool:
@@ -85,7 +148,8 @@ class Connection:
     async def __aenter__(self) -> Self:
         """Open the client; a server is not asked for anything yet, a folder is read.
 
-        Raises QdrantFailure: Denied if the variable of the key is empty, NotInstalled, InUse.
+        Raises QdrantFailure: Denied if the variable of the key is empty, NotInstalled, InUse,
+        UntrustedCertificate if the file of the CA cannot be used.
         """
         key = None
         if self._url is not None and self._api_key_env:
@@ -104,15 +168,29 @@ class Connection:
                 await self._in_thread(self._open_folder)
             else:
                 await asyncio.to_thread(_load)
-                # The certificates take some 50 ms to read, in which nobody else is served.
-                plain = str(self._url).lower().startswith("http:")
-                self._client = self._make(
-                    url=self._url, api_key=key, check_compatibility=False, verify=not plain
-                )
+                self._client = self._make(url=self._url, api_key=key, **self._network())
         except BaseException:
             await self.close()
             raise
         return self
+
+    def _network(self) -> dict[str, object]:
+        """Return the client's options of a server. Raises UntrustedCertificate for `ca_file`."""
+        # The certificates take some 50 ms to read, in which nobody else is served.
+        verify: ssl.SSLContext | bool = not str(self._url).lower().startswith("http:")
+        options: dict[str, object] = {}
+        if verify and self._ca_file is not None:
+            try:
+                verify = ssl.create_default_context(cafile=self._ca_file)
+                roots = self._ca_file.read_bytes()
+            except OSError as error:
+                raise UntrustedCertificate(f"ca_file {self._ca_file}: {error}") from error
+            if self._grpc_port is not None:
+                options["grpc_options"] = {"root_certificates": roots}
+        if self._grpc_port is not None:
+            options |= {"prefer_grpc": True, "grpc_port": self._grpc_port}
+        hooks = {"request": [_note_request]}
+        return {"check_compatibility": False, "verify": verify, "event_hooks": hooks, **options}
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
@@ -144,11 +222,14 @@ class Connection:
         self,
         work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
         payloads: Iterable[object] = (),
+        *,
+        doing: str = "",
     ) -> T:
         """Return what the client's call gives. Raises QdrantFailure.
 
         `payloads` are sent by the call. The failure repeats no text of theirs: its message goes to
-        the log, the status and the outbox.
+        the log, the status and the outbox. `doing` is what the call does, in words, for where it
+        goes by gRPC; over HTTP its method and path tell.
         """
         client = self._client
         if client is None:
@@ -159,16 +240,21 @@ class Connection:
 
         if self._thread is not None:
             return await self._in_thread(lambda: self._run(call), payloads)
+        token = _calls.set(Call(doing))
         try:
             return await call()
         except Exception as error:
             raise self._translated(error, payloads) from error
+        finally:
+            _calls.reset(token)
 
     def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
         """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
-        failure = translated(error, self._place)
+        call = _calls.get()
+        failure = translated(error, self._place, call)
         if isinstance(failure, QdrantFailure):
-            texts = (text for one in payloads for text in _texts(one))
+            # The collection's name may be that of the model, which is in each payload.
+            texts = (text for one in payloads for text in _texts(one) if text not in call.doing)
             message = self._redactor.redact_text(str(failure))
             failure.args = (QuotedInputs(texts).hide(message),)
         return failure
@@ -204,6 +290,56 @@ class Connection:
             return AsyncQdrantClient(timeout=max(1, round(self._timeout_s)), **options)  # type: ignore[arg-type]
 
 
+class BatchSize:
+    """How many items a call may have: it halves when a call is too large, and remembers that."""
+
+    def __init__(self, max_items: int) -> None:
+        self.max_items = max_items
+        """Items of the next call."""
+        self._limit = max_items
+        self._calls = 0
+
+    def shrink(self, items: int, error: QdrantFailure) -> None:
+        """Learn that a call of so many items was too large, or may have been.
+
+        A cut connection may have other reasons: after _CALLS_BEFORE_GROWTH calls larger ones are
+        tried again. What the server itself says is kept.
+        """
+        self.max_items, self._calls = max(1, items // 2), 0
+        if isinstance(error, TooLarge):
+            if error.max_items is not None and 0 < error.max_items < items:
+                self.max_items = error.max_items
+            self._limit = self.max_items
+
+    def grow(self) -> None:
+        """Learn that a call has succeeded."""
+        self._calls += 1
+        if self._calls >= _CALLS_BEFORE_GROWTH and self.max_items < self._limit:
+            self.max_items, self._calls = min(self._limit, 2 * self.max_items), 0
+
+
+async def send_in_batches(
+    items: Sequence[T], size: BatchSize, send: Callable[[Sequence[T]], Awaitable[object]]
+) -> None:
+    """Send all items in their order, in calls within `size`; a call that is too large is halved.
+
+    Raises QdrantFailure: TooLarge or Disconnected only where one item alone is too large.
+    """
+    start = 0
+    while start < len(items):
+        batch = items[start : start + size.max_items]
+        try:
+            await send(batch)
+        except (TooLarge, Disconnected) as error:
+            if len(batch) == 1:
+                raise
+            size.shrink(len(batch), error)
+            log.warning("%s; trying batches of %d", error, size.max_items)
+            continue
+        size.grow()
+        start += len(batch)
+
+
 def _texts(payload: object) -> Iterator[str]:
     """Yield the texts in a payload, however deep."""
     values = [payload]
@@ -235,7 +371,7 @@ async def version(qdrant: Connection) -> tuple[int, int] | None:
         return None
     try:
         told = await qdrant.ask(lambda client: client.info())
-    except Rejected:
+    except (Rejected, WrongAddress):
         return None
     found = re.match(r"v?(\d+)\.(\d+)", told.version)
     return (int(found[1]), int(found[2])) if found else None

@@ -1,17 +1,8 @@
-"""Reads collections of Qdrant: in pages, by ids, by similarity, or as pairs of text and vector.
+"""Reads collections of Qdrant: in pages, by ids, or by similarity.
 
 What passes by itself (an outage, a limit) is waited out, up to some two minutes; everything raises
 QdrantFailure. A point's one vector that is asked for is bytes here, as everywhere in the program;
 its other vectors, named or sparse, come as they are.
-
-A collection to import from is named in one of three ways, its own name always last::
-
-    qdrant://localhost:6333/documents                  a server; the port is 6333 unless given
-    qdrant+https://x.cloud.qdrant.io:6333/documents    the same over TLS
-    qdrant+path:/var/data/qdrant/documents             a folder of the client's embedded mode
-
-Between host and collection may stand the path under which a gateway serves Qdrant. The key of a
-server is read from the environment, QDRANT_API_KEY, and stands in no location.
 
 A server scales the vectors of a cosine collection to length 1 when it stores them, in float32. They
 come back with other last bits if the model's vectors have length 1, and as other vectors if not.
@@ -23,35 +14,16 @@ import hashlib
 import json
 import logging
 import math
-import os
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
-from urllib.parse import unquote, urlsplit
 
-from embedding_proxy.cache.maintenance.import_source import (
-    Pair,
-    RejectedPair,
-    SourceError,
-    listed,
-    to_pair,
-)
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 from embedding_proxy.providers.base import Vector
 
 from .client import Connection
-from .errors import Denied, InUse, QdrantFailure, Unavailable
+from .errors import InUse, Unavailable
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
@@ -64,11 +36,6 @@ log = logging.getLogger("embedding_proxy.qdrant")
 MAX_TRIES = 8
 """Of one call to Qdrant, in a row; with the waits between them some two minutes."""
 MIN_WAIT_S, MAX_WAIT_S = 0.5, 30.0
-
-API_KEY = "QDRANT_API_KEY"
-SCHEMES = ("qdrant://", "qdrant+https://", "qdrant+path:")
-"""How a location begins that is a collection."""
-PAGE = 256
 
 PointId: TypeAlias = int | str
 """A point's id as Qdrant gives it: a number, or a UUID as text."""
@@ -120,12 +87,14 @@ class CollectionReader:
         self,
         work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
         payloads: Iterable[object] = (),
+        *,
+        doing: str = "",
     ) -> T:
         """Ask Qdrant as `Connection.ask` does; what passes is waited for. Raises QdrantFailure."""
         backoff = Backoff(MIN_WAIT_S, MAX_WAIT_S)
         for tried in range(1, MAX_TRIES + 1):
             try:
-                return await self.qdrant.ask(work, payloads)
+                return await self.qdrant.ask(work, payloads, doing=doing)
             except Unavailable as error:
                 if tried == MAX_TRIES or isinstance(error, InUse):
                     raise
@@ -212,97 +181,3 @@ def _floats(numbers: Sequence[Any]) -> list[float]:
 
 def _id(found: object) -> Any:  # noqa: ANN401 - a number, a text, or None
     return found if found is None or isinstance(found, int) else str(found)
-
-
-class TextSource:
-    """A collection's texts and vectors, to be imported. The text is a field of the payload.
-
-    `vector` names one of each point's vectors, and may be None where there is only one. The
-    embedded mode, made for small collections, holds its folder in memory, and locks it meanwhile.
-    """
-
-    def __init__(self, location: str, text: str = "text", vector: str | None = None) -> None:
-        self.name = location
-        self._text = text
-        self._collection, self._options = _parse_location(location)
-        with self._opened() as (runner, qdrant):
-            self._vector = runner.run(_choose(qdrant, self._collection, vector))
-            page = runner.run(_next(self._pages(qdrant)))
-        payloads = [point.payload for point in page.points] if page else []
-        if payloads and not any(text in payload for payload in payloads):
-            there = listed(field for payload in payloads for field in payload) or "none"
-            raise SourceError(f"the payloads of {location} have no field `{text}`; fields: {there}")
-
-    def __iter__(self) -> Iterator[Pair | RejectedPair]:
-        with self._opened() as (runner, qdrant):
-            pages = self._pages(qdrant)
-            while page := runner.run(_next(pages)):
-                for point in page.points:
-                    yield to_pair(f"point {point.id}", point.payload.get(self._text), point.vector)
-
-    def _pages(self, qdrant: Connection) -> AsyncIterator[Page]:
-        return CollectionReader(qdrant, self._vector).pages(self._collection, PAGE, vectors=True)
-
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[asyncio.Runner, Connection]]:
-        """Connect, or open the folder; what Qdrant fails with meanwhile becomes a SourceError."""
-        try:
-            with asyncio.Runner() as runner:
-                qdrant = Connection(**self._options)
-                runner.run(qdrant.__aenter__())
-                try:
-                    yield runner, qdrant
-                finally:
-                    runner.run(qdrant.close())
-        except QdrantFailure as error:
-            remedy = f" (see {API_KEY})" if isinstance(error, Denied) else ""
-            raise SourceError(f"{self.name}: {error}{remedy}") from error
-
-
-async def _next(pages: AsyncIterator[Page]) -> Page | None:
-    return await anext(pages, None)
-
-
-def _parse_location(location: str) -> tuple[str, dict[str, Any]]:
-    """Return the collection's name, and how the client gets there. Raises SourceError."""
-    if location.startswith("qdrant+path:"):
-        path = Path(location.removeprefix("qdrant+path:"))
-        # The client would make the folder.
-        if not (path.parent / "meta.json").is_file():
-            raise SourceError(f"{path.parent} is no folder of Qdrant's embedded mode: no meta.json")
-        return path.name, {"path": path.parent}
-    try:
-        url = urlsplit(location)
-        port = url.port or 6333
-    except ValueError as error:
-        raise SourceError(f"{location}: {error}") from error
-    if "@" in url.netloc:
-        raise SourceError(f"a location holds no key: set {API_KEY} instead")
-    gateway, _, name = url.path.rpartition("/")
-    if not (url.hostname and name) or url.query or url.fragment:
-        raise SourceError(f"{location} is not of the form qdrant://host:6333/collection")
-    scheme = "https" if url.scheme == "qdrant+https" else "http"
-    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
-    return unquote(name), {
-        "url": f"{scheme}://{host}:{port}{gateway}",
-        "api_key_env": API_KEY if os.environ.get(API_KEY) else None,
-    }
-
-
-async def _choose(qdrant: Connection, collection: str, name: str | None) -> str:
-    """Return the name of the vector to take, "" for the unnamed one. Raises SourceError."""
-    info = await qdrant.ask(lambda client: client.get_collection(collection))
-    found = info.config.params.vectors
-    vectors = found if isinstance(found, dict) else {"": found} if found else {}
-    if name is None and len(vectors) == 1:
-        (name,) = vectors
-    wanted = f"vector `{name}`" if name else "unnamed vector"
-    if (params := vectors.get(name or "")) is None:
-        there = listed(vectors) or "none"
-        raise SourceError(f"`{collection}` has no {wanted}; pick one of its vectors: {there}")
-    if params.multivector_config:
-        raise SourceError(f"the {wanted} of `{collection}` is a multivector: many for each text")
-    if params.datatype and params.datatype.value != "float32":
-        kind = params.datatype.value
-        raise SourceError(f"`{collection}` keeps its {wanted} as {kind}: rounded, not as bought")
-    return name or ""

@@ -1,17 +1,37 @@
 """Errors of Qdrant, as a small tree: passing failures, and lasting ones.
 
-`translated` makes such a failure of what the client raises: one line, and no key.
+`translated` makes such a failure of what the client raises: one line, and no key. The statuses of
+Qdrant do not tell enough: a limit of strict mode is a 400 or a 403, by version. So its words count
+first, then its status.
 """
 
+import re
 import sqlite3
 import time
+from typing import Any, NamedTuple
 
 import orjson
 from embedding_proxy.providers.upstream.rate_limit_headers import seconds_until
 
 _LONGEST = 300
 """Characters of Qdrant's own words in a message."""
-_PASSING = frozenset({408, 425, 429, 502, 503, 504, 507})
+_PASSING = frozenset({408, 425, 502, 503, 504})
+
+# A limit of strict mode on one request: "Limit exceeded 200 > 100 for "upsert limit"".
+_EXCEEDED = re.compile(r'Limit exceeded \d+ > (\d+) for "(?:limit|upsert limit)"')
+_TOO_LARGE = re.compile(
+    r"larger than rate limiter capacity|larger than allowed \(limit|larger than max", re.IGNORECASE
+)
+# What says that the server, or the whole collection, takes no more points now.
+_LIMIT_REACHED = re.compile(
+    r"limit of \S+ reached|exceeding the configured limit|usage is at \d+ ?%|quota|read[- ]only"
+    r"|No space left on device|available disk space",
+    re.IGNORECASE,
+)
+_CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed", re.IGNORECASE)
+_NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", re.IGNORECASE)
+# What httpx calls a connection that ends before its answer.
+_CUT = frozenset({"ReadError", "WriteError", "CloseError", "RemoteProtocolError"})
 
 
 class QdrantFailure(Exception):
@@ -27,8 +47,23 @@ class Unavailable(QdrantFailure):
         """Seconds after which it said to come back; None where it said nothing."""
 
 
+class Overloaded(Unavailable):
+    """It asks for fewer calls (HTTP 429)."""
+
+
 class ServerFault(Unavailable):
     """It failed in its own code (HTTP 500): perhaps over what it was sent."""
+
+
+class Disconnected(Unavailable):
+    """It, or what stands before it, cut the connection during a call: perhaps over its size."""
+
+
+class LimitReached(Unavailable):
+    """It takes no more points: its disk or memory is full, a limit is reached, it is read-only.
+
+    That is about no point in particular, and passes when somebody makes room.
+    """
 
 
 class InUse(Unavailable):
@@ -39,12 +74,29 @@ class Denied(QdrantFailure):
     """The key is missing, or is not allowed this: somebody has to change something."""
 
 
+class UntrustedCertificate(QdrantFailure):
+    """The certificate of the server is not trusted: somebody has to change something."""
+
+
+class WrongAddress(QdrantFailure):
+    """Something answers at this address, and it is not Qdrant."""
+
+
 class Rejected(QdrantFailure):
     """The call itself is wrong: it will fail in the same way each time."""
 
 
+class TooLarge(Rejected):
+    """The call is larger than the server takes: a smaller one may succeed."""
+
+    def __init__(self, message: str, max_items: int | None = None) -> None:
+        super().__init__(message)
+        self.max_items = max_items
+        """Points that it takes in one call; None where it does not say."""
+
+
 class Missing(Rejected):
-    """There is no collection or alias of that name."""
+    """There is no collection, alias or point of that name."""
 
 
 class Exists(Rejected):
@@ -66,11 +118,45 @@ class Unusable(QdrantFailure):
     """The outbox cannot be opened, so nothing could be indexed."""
 
 
-def translated(error: Exception, place: str = "") -> Exception:  # noqa: PLR0911 - a table
+_BY_STATUS: dict[int, type[QdrantFailure]] = {
+    404: Missing,
+    409: Exists,
+    413: TooLarge,
+    500: ServerFault,
+    507: LimitReached,
+}
+_BY_CODE: dict[str, type[QdrantFailure]] = {
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "INTERNAL": ServerFault,
+    "UNKNOWN": ServerFault,
+    "NOT_FOUND": Missing,
+    "ALREADY_EXISTS": Exists,
+    "INVALID_ARGUMENT": Rejected,
+    "FAILED_PRECONDITION": Rejected,
+    "OUT_OF_RANGE": Rejected,
+    "UNIMPLEMENTED": Rejected,
+}
+"""Failures by the status of gRPC."""
+
+
+class Call(NamedTuple):
+    """What a server is asked for."""
+
+    doing: str = ""
+    """In words: "writing points to docs"."""
+    request: str = ""
+    """Method and path."""
+
+
+NO_CALL = Call()
+
+
+def translated(error: Exception, place: str = "", call: Call = NO_CALL) -> Exception:  # noqa: PLR0911 - a table
     """Return a failure in our words; an error of the caller's own code stays what it is.
 
     `place` is the host and port of the server, for a failure to reach it.
     """
+    doing = call.doing
     if isinstance(error, QdrantFailure):
         return error
     from qdrant_client.common.client_exceptions import (  # noqa: PLC0415 - an extra, and slow to import
@@ -83,61 +169,119 @@ def translated(error: Exception, place: str = "") -> Exception:  # noqa: PLR0911
     )
 
     if isinstance(error, UnexpectedResponse):
-        return _refusal(error.status_code or 0, error.content, error.headers.get("retry-after"))
+        wait = error.headers.get("retry-after")
+        return _refusal(error.status_code or 0, error.content, wait, place, call)
     if isinstance(error, ResourceExhaustedResponse):
-        return Unavailable(
+        return Overloaded(
             f"overloaded: {_short(error)}", seconds_until(str(error.retry_after_s), time.time())
         )
     if isinstance(error, ResponseHandlingException):
-        return Unavailable(_unreached(error.source, place))
+        return _unreached(error.source, place, doing)
+    if type(error).__name__ == "AioRpcError":
+        return _rpc_failure(error, place, doing)
     if isinstance(error, RuntimeError) and "already accessed" in str(error):
         return InUse("the folder is open in another process; only one can have it (see `url`)")
     if isinstance(error, QdrantException | OSError | sqlite3.Error | TimeoutError):
         return Unavailable(_short(error) or type(error).__name__)
     if isinstance(error, ValueError | KeyError):
         # The embedded mode has no statuses.
-        return _by_words(_short(error))
+        return _by_words(_short(error)) or Rejected(_short(error))
     return error
 
 
-def _unreached(source: BaseException, place: str) -> str:
-    """Return why a server gave no answer, with its host and port."""
-    why = _short(source) or type(source).__name__
+def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
+    """Return the failure of a call that got no answer: with the host, and what was being done."""
+    why, kind = _short(source), type(source).__name__
+    whose = place or "Qdrant"
+    during = f" while {doing}" if doing else ""
+    told = why if kind in why else f"{kind}: {why}" if why else kind
     if "refused" in why.lower() or why == "All connection attempts failed":
         # The second is what the client says where a name has several addresses.
-        return f"connection refused by {place}" if place else why
-    return f"{why} ({place})" if place else why
+        return Unavailable(f"connection refused by {whose}{during}")
+    if _CERTIFICATE.search(why):
+        return UntrustedCertificate(
+            f"the certificate of {whose} is not trusted{during}: {why}; if its CA is your own,"
+            " name it in ca_file"
+        )
+    if kind in _CUT:
+        return Disconnected(f"the connection to {whose} was cut{during} ({told})")
+    words = f"no answer from {whose}{during}"
+    if _NO_TLS.search(why):
+        words = f"{whose} does not speak TLS{during}: its url begins with http:"
+    elif kind.endswith("Timeout"):
+        words = f"no answer from {whose} in time{during}"
+    elif kind == "ValidationError":
+        words = f"the answer of {whose} is not one of Qdrant's{during}"
+    return Unavailable(f"{words} ({told})")
 
 
-def _refusal(status: int, content: bytes, wait: str | None) -> QdrantFailure:
-    words = f"HTTP {status}: {_said(content)}"
+def _refusal(
+    status: int, content: bytes, wait: str | None, place: str, call: Call
+) -> QdrantFailure:
+    said = _said(content)
+    words = f"HTTP {status}: {said}"
+    if status == 404 and not said:
+        return WrongAddress(
+            f"HTTP 404 from {place or 'the server'} for {call.request or 'a call'}, and not in"
+            " Qdrant's words: its url is that of something else, or has a path too much"
+        )
+    if said is None:
+        words = f"HTTP {status}: {_short(content.decode('utf-8', 'replace'))}"
+    found = _by_words(words, status)
+    if found is not None:
+        return found
     if status in (401, 403):
-        return Denied(f"the key is not accepted: {words}")
-    if status == 500:
-        return ServerFault(words)
+        return Denied(
+            f"the key is not accepted{f' for {call.doing}' if call.doing else ''}: {words}"
+        )
+    if status == 429:
+        return Overloaded(words, seconds_until(wait or "", time.time()))
     if status in _PASSING:
         return Unavailable(words, seconds_until(wait or "", time.time()))
-    if status == 404:
-        return Missing(words)
-    if status == 409 or b"already exists" in content:
-        return Exists(words)
-    return _by_words(words)
+    return _BY_STATUS.get(status, Rejected)(words)
 
 
-def _by_words(words: str) -> QdrantFailure:
+def _by_words(words: str, status: int = 0) -> QdrantFailure | None:
+    """Return the failure that Qdrant's words tell, whatever the status; None if they tell none."""
+    exceeded = _EXCEEDED.search(words)
+    if exceeded:
+        return TooLarge(words, int(exceeded[1]))
+    if _TOO_LARGE.search(words):
+        return TooLarge(words)
+    if _LIMIT_REACHED.search(words) and status != 401:
+        return LimitReached(words)
     if "already exists" in words:
         return Exists(words)
-    if "not found" in words or "doesn't exist" in words:
+    if status < 500 and ("not found" in words or "doesn't exist" in words):
         return Missing(words)
-    return Rejected(words)
+    return None
 
 
-def _said(content: bytes) -> str:
-    """Return what an error's body says, in one line."""
+def _rpc_failure(error: Any, place: str, doing: str) -> QdrantFailure:  # noqa: ANN401 - grpc's
+    """Return the failure of a call by gRPC, an AioRpcError."""
+    code = error.code().name
+    said = _short(error.details() or "")
+    words = f"gRPC {code}: {said}"
+    during = f" while {doing}" if doing else ""
+    found = _by_words(words)
+    if found is not None:
+        return found
+    if _CERTIFICATE.search(said):
+        return UntrustedCertificate(f"the certificate of {place} is not trusted{during}: {said}")
+    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return Denied(f"the key is not accepted{during}: {words}")
+    kind = _BY_CODE.get(code)
+    if kind is not None:
+        return kind(words)
+    return Unavailable(f"no answer from {place}{during} ({words})")
+
+
+def _said(content: bytes) -> str | None:
+    """Return what an error's body says, in one line; None if it is no body of Qdrant's."""
     try:
         said = orjson.loads(content)["status"]["error"]
     except (ValueError, KeyError, TypeError):
-        said = content.decode("utf-8", "replace")
+        return None
     return _short(said)
 
 

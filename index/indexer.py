@@ -1,7 +1,8 @@
 """The indexer: writes answered vectors to Qdrant in the background.
 
 `add` never raises. It waits only for the local outbox, and only for points that are not known to be
-there: points that this process remembers cost no disk access. A point that cannot be written to the
+there: points that this process remembers cost no disk access. What names its ids or its payload is
+always written: only Qdrant knows what is under an id. A point that cannot be written to the
 outbox is not indexed now; its id stays unknown, so the next answer with it tries again.
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Self, TypeVar
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
 from .client import Connection
-from .collection import CollectionOptions
+from .collection import CollectionNames, CollectionOptions
 from .errors import InUse, Unusable
 from .outbox import FAILURES, Outbox, OutboxFull
 from .point import Point, Target
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 MAX_REMEMBERED = 1 << 18
 """Ids that a process remembers, some 100 bytes each; then it forgets all and begins again."""
+MEMORY_SECONDS = 3600.0
+"""For which a process remembers ids without asking the outbox."""
 _TARGET = 16
 """As many ids as a target counts for: requests name collections, and each may have few points."""
 
@@ -51,6 +54,7 @@ class Indexer:
         on_open: Callable[[Connection], Awaitable[None]],
         size_limit: int,
         max_bytes: float,
+        names: CollectionNames | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._folder = folder
@@ -59,6 +63,7 @@ class Indexer:
         self._on_open = on_open
         self._size_limit = size_limit
         self._max_bytes = max_bytes
+        self._names = names or CollectionNames()
         self._sleep = sleep
         self._thread = ThreadPoolExecutor(1, "outbox")
         self._outbox: Outbox | None = None
@@ -97,6 +102,7 @@ class Indexer:
             self._on_disk,
             self._connect,
             self._collection_options,
+            names=self._names,
             max_bytes=self._max_bytes,
             sleep=self._sleep,
         )
@@ -117,7 +123,7 @@ class Indexer:
         return self._sender is not None and self._sender.sending
 
     def knows(self, target: Target, point: bytes) -> bool:
-        """Tell whether a point whose content follows from its id is remembered as added."""
+        """Tell whether a plain point is remembered as added."""
         known = self._remembered.get(target)
         return known is not None and point in known
 
@@ -133,7 +139,7 @@ class Indexer:
     async def add(self, target: Target, points: Sequence[Point]) -> None:
         """Put points into the outbox unless they are known to be indexed. Never raises.
 
-        When it returns they are on disk. Points whose mark is 0 are remembered by their ids.
+        When it returns they are on disk. Plain points are remembered by their ids.
         """
         # Of equal ids in one request the last counts.
         wanted = {one.id: one for one in points}
@@ -159,7 +165,7 @@ class Indexer:
             log.exception("not indexed, %d points", len(wanted))
             return
         self._backoff.succeed()
-        ids = [one.id for one in wanted.values() if one.mark == 0]
+        ids = [one.id for one in wanted.values() if one.plain]
         if ids:
             if sum(_TARGET + len(known) for known in self._remembered.values()) > MAX_REMEMBERED:
                 self._forget()
@@ -199,10 +205,7 @@ class Indexer:
             "backlog_bytes": backlog.bytes,
             "backlog_age_s": round(age, 3),
             "refused_points": backlog.dead,
-            "refused": [
-                {"collection": collection, "reason": reason, "points": count}
-                for collection, reason, count in backlog.reasons
-            ],
+            "refused": backlog.refusals(),
             "sending": self.sending,
             "last_failure": sender.counters.last_failure,
             "since_start": self.since_start(),
@@ -244,13 +247,18 @@ class Indexer:
                 await self._call(outbox.close)
 
     async def _check_forgotten_forever(self) -> None:
-        """Forget the ids that another process found to be gone from Qdrant."""
+        """Forget the ids that another process found to be gone from Qdrant, and all once an hour.
+
+        The outbox has the age of what is known, and says when it is to be written again.
+        """
+        clock = asyncio.get_running_loop().time
+        since = clock()
         while True:
             await asyncio.sleep(TICK_SECONDS)
             with suppress(*FAILURES):
                 forgotten = await self._on_disk(lambda outbox: outbox.forgotten)
-                if forgotten != self._forgotten:
-                    self._forgotten = forgotten
+                if forgotten != self._forgotten or clock() > since + MEMORY_SECONDS:
+                    self._forgotten, since = forgotten, clock()
                     self._forget()
 
 

@@ -5,34 +5,44 @@ sends (see `sender`). A point leaves the file when Qdrant has confirmed it, or m
 letters with the reason. A point that is added under the id of a pending one replaces it: the newest
 counts, and each id is in the queue once.
 
-The file also knows which ids were ever added, so that answers from the cache are not sent again and
-again. `select_entries` and `remove_entries` delete points whose texts are purged; the points that
-Qdrant has already stay there, and a batch that is being sent arrives.
+The file is also a journal of the points that were ever added. An answer from the cache whose point
+is known to be in Qdrant is not sent again, unless that is long ago, or Qdrant was seen to have lost
+points. With the vectors of the cache the journal makes lost points anew (see `resync`).
+
+`select_entries` and `remove_entries` delete points whose texts are purged; the points that Qdrant
+has already stay there, and a batch that is being sent arrives.
 
 Calls block; use an Outbox from one thread. Everything raises FAILURES.
 """
 
 import logging
+import math
 import sqlite3
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from embedding_proxy.cache.key import checksum
 from embedding_proxy.providers.base import current_label
 
 from .outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
-from .point import Backlog, Point, QueuedPoint, Target
+from .point import Backlog, CollectionState, JournalEntry, Point, QueuedPoint, Target
 
 __all__ = [
     "FAILURES",
     "FILE_NAME",
+    "JOURNAL",
+    "PENDING",
+    "CollectionBacklog",
     "OnDisk",
     "Outbox",
     "OutboxEntry",
     "OutboxFull",
+    "read_backlog",
+    "read_collections",
     "remove_entries",
     "select_entries",
 ]
@@ -45,16 +55,27 @@ FAILURES = (sqlite3.Error, OSError, TimeoutError)
 JSON_A_BYTE = 5.5
 """Bytes of JSON that a byte of a vector becomes: a float32 is 4 bytes, and up to 22 characters."""
 
-_WHOLE = "target, point, bytes, at, payload, vector, sum, address, namespace"
+MAX_KNOWN_AGE_S = 7 * 86_400.0
+"""Seconds after which a point that is known is written again by the next answer with it."""
+MIN_PAUSE_S, MAX_PAUSE_S = 60.0, 6 * 3600.0
+"""Between two tries of a dead letter; it doubles each time."""
+_PRUNED = 500
+"""Entries of the journal that are dropped at a time, where there is no room for it."""
+
+_WHOLE = (
+    "target, point, bytes, at, payload, vector, sum, address, digest, namespace, vectors,"
+    " is_update, tries"
+)
 _FORGOTTEN = "UPDATE state SET forgotten = forgotten + 1"
-_TABLES = ("waiting", "dead")
+PENDING, JOURNAL = ("waiting", "dead"), ("known",)
+"""The tables of points that have not arrived, and of all that were ever added."""
 _TERMS = {
     "namespace": "namespace = :namespace",
     "space": (
         "(current_label(space) = :space"
         " OR substr(current_label(space), 1, length(:space) + 1) = :space || '?')"
     ),
-    "address": "address = :address",
+    "address": "coalesce(address, point) = :address",
 }
 
 
@@ -91,32 +112,39 @@ class Outbox:
 
     def add(self, target: Target, points: Sequence[Point]) -> int:
         """Add points that are new or not known, all or none; return how many. Raises OutboxFull."""
-        number = self._number(target)
+        number, now = self._number(target), time.time()
         if number is not None:
-            points = [p for p in points if p.new or self._mark(number, p.id) != p.mark]
+            points = [p for p in points if p.new or not self._is_known(number, p.id, now)]
         if not points:
             return 0
-        if self.bytes >= self._size_limit:
-            raise OutboxFull(f"{self.bytes / 1e6:.0f} MB wait for Qdrant")
-        now = time.time()
+        if self.size >= self._size_limit:
+            self._prune(4)
+        if self.size >= self._size_limit:
+            raise OutboxFull(f"{self.size / 1e6:.0f} MB wait for Qdrant")
         with self._file.change() as sql:
             if number is None:
-                sql.execute("INSERT OR IGNORE INTO target VALUES (NULL, ?, ?, ?)", target)
+                sql.execute(
+                    "INSERT OR IGNORE INTO target (collection, space, dimensions) VALUES (?, ?, ?)",
+                    target,
+                )
                 number = self._number(target)
             here = [(number, p.id) for p in points]
             sql.executemany(
-                f"INSERT OR REPLACE INTO waiting ({_WHOLE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO waiting ({_WHOLE})"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                 (
                     (
-                        *(number, p.id, len(p.vector) + len(p.payload), now, p.payload, p.vector),
-                        *(_sum(p.id, p.vector, p.payload), p.address or p.id, p.namespace),
+                        *(number, p.id, len(p.vector) + len(p.payload) + len(p.vectors), now),
+                        *(p.payload, p.vector, _sum(p.id, p.vector, p.payload, p.vectors)),
+                        *(p.address or p.id, p.digest or None, p.namespace, p.vectors, p.is_update),
                     )
                     for p in points
                 ),
             )
+            # A reply waits for this: the rest of the journal is written when the point has arrived.
             sql.executemany(
-                "INSERT OR REPLACE INTO known VALUES (?, ?, ?)",
-                ((number, p.id, p.mark) for p in points),
+                "INSERT OR REPLACE INTO known (target, point, mark, at) VALUES (?, ?, ?, ?)",
+                ((number, p.id, not p.plain, now) for p in points),
             )
             sql.executemany("DELETE FROM dead WHERE target = ? AND point = ?", here)
         return len(points)
@@ -127,16 +155,33 @@ class Outbox:
         ).fetchone()
         return None if row is None else int(row[0])
 
-    def _mark(self, number: int, point: bytes) -> int | None:
+    def _is_known(self, number: int, point: bytes, now: float) -> bool:
+        """Tell whether a plain point needs not be written again."""
         row = self._file.sql.execute(
-            "SELECT mark FROM known WHERE target = ? AND point = ?", (number, point)
+            "SELECT 1 FROM known WHERE target = ? AND point = ? AND mark = 0 AND at > ?",
+            (number, point, now - MAX_KNOWN_AGE_S),
         ).fetchone()
-        return None if row is None else int(row[0])
+        return row is not None
+
+    def _prune(self, times: int) -> None:
+        """Drop the oldest entries of the journal, so that half of the file is for what waits."""
+        for _ in range(times):
+            if self.size <= self._size_limit // 2:
+                return
+            with self._file.change() as sql:
+                dropped = sql.execute(
+                    "DELETE FROM known WHERE (target, point) IN"
+                    " (SELECT target, point FROM known ORDER BY at LIMIT ?)",
+                    (_PRUNED,),
+                ).rowcount
+                sql.execute(_FORGOTTEN)
+            if not dropped:
+                return
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes of the file that are in use."""
-        return self._file.bytes
+        return self._file.size
 
     @property
     def forgotten(self) -> int:
@@ -159,17 +204,18 @@ class Outbox:
         corrupt: list[QueuedPoint] = []
         size = 0.0
         rows = self._file.sql.execute(
-            "SELECT seq, point, vector, payload, bytes, sum FROM waiting WHERE target = ?"
-            " ORDER BY seq",
+            "SELECT seq, point, vector, payload, bytes, coalesce(vectors, x''), is_update, sum"
+            " FROM waiting WHERE target = ? ORDER BY seq",
             (self._number(target),),
         )
         try:
             for *row, known in rows:
                 one = QueuedPoint(*row)
-                if known is not None and known != _sum(one.id, one.vector, one.payload):
+                sum_ = _sum(one.id, one.vector, one.payload, one.vectors)
+                if known is not None and known != sum_:
                     corrupt.append(one)
                     continue
-                size += JSON_A_BYTE * len(one.vector) + len(one.payload) + 100
+                size += JSON_A_BYTE * len(one.vector) + len(one.payload) + len(one.vectors) + 100
                 if found and (size > max_bytes or len(found) >= max_points):
                     break
                 found.append(one)
@@ -182,33 +228,47 @@ class Outbox:
     def _drop_corrupt(self, target: Target, points: Sequence[QueuedPoint]) -> None:
         """Drop damaged points; the next answers with them add them again."""
         log.error("%d points that wait for Qdrant are damaged: not indexed", len(points))
-        self.ack(points)
         with self._file.change() as sql:
+            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
             sql.executemany(
-                "DELETE FROM known WHERE target = ? AND point = ?",
+                "UPDATE known SET mark = 1 WHERE target = ? AND point = ?",
                 ((self._number(target), one.id) for one in points),
             )
             sql.execute(_FORGOTTEN)
         self.corrupt_points += len(points)
 
     def ack(self, points: Iterable[QueuedPoint]) -> None:
-        """Delete points that Qdrant confirmed; later ones of the same ids stay."""
+        """Move points that Qdrant confirmed to the journal; later ones of the same ids stay."""
         with self._file.change() as sql:
-            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
+            for one in points:
+                row = sql.execute(
+                    "DELETE FROM waiting WHERE seq = ? RETURNING target, point, payload,"
+                    " coalesce(address, point), digest, coalesce(namespace, ''), vectors,"
+                    " is_update",
+                    (one.seq,),
+                ).fetchone()
+                if row is not None:
+                    target, point, payload, *rest = row
+                    sql.execute(
+                        "UPDATE known SET payload = ?, address = ?, digest = ?, namespace = ?,"
+                        " vectors = ?, is_update = ? WHERE target = ? AND point = ?",
+                        (zlib.compress(payload, 1), *rest, target, point),
+                    )
 
     def tidy(self) -> None:
         """Shrink the file after an outage; for when no point is pending."""
+        self._prune(20)
         self._file.incremental_vacuum()
 
-    def move_to_dead_letters(self, points: Iterable[QueuedPoint], reason: str) -> None:
-        """Move points that Qdrant rejects to the dead letters."""
-        now = time.time()
+    def move_to_dead_letters(self, points: Iterable[QueuedPoint], reason: str, now: float) -> None:
+        """Move points that Qdrant rejects to the dead letters, until they are due again."""
         with self._file.change() as sql:
             for one in points:
                 sql.execute(
-                    f"INSERT OR REPLACE INTO dead (died, reason, {_WHOLE})"
-                    f" SELECT ?, ?, {_WHOLE} FROM waiting WHERE seq = ?",
-                    (now, reason, one.seq),
+                    f"INSERT OR REPLACE INTO dead (died, reason, due, {_WHOLE})"
+                    " SELECT ?, ?, ? + min(?, ? * (1 << min(tries, 20))),"
+                    f" {_WHOLE.removesuffix('tries')} tries + 1 FROM waiting WHERE seq = ?",
+                    (now, reason, now, MAX_PAUSE_S, MIN_PAUSE_S, one.seq),
                 )
                 sql.execute("DELETE FROM waiting WHERE seq = ?", (one.seq,))
 
@@ -222,35 +282,115 @@ class Outbox:
                     (one.seq,),
                 )
 
-    def requeue_dead_letters(self) -> int:
-        """Queue the dead letters again, at a start: the reason may be gone. Return how many."""
+    def requeue_dead_letters(self, now: float = math.inf) -> int:
+        """Queue the dead letters again that are due at this time; return how many."""
+        if not self._file.sql.execute("SELECT 1 FROM dead WHERE due <= ?", (now,)).fetchone():
+            return 0
         with self._file.change() as sql:
-            sql.execute(f"INSERT OR IGNORE INTO waiting ({_WHOLE}) SELECT {_WHOLE} FROM dead")
-            return sql.execute("DELETE FROM dead").rowcount
+            sql.execute(
+                f"INSERT OR IGNORE INTO waiting ({_WHOLE}) SELECT {_WHOLE} FROM dead"
+                " WHERE due <= ?",
+                (now,),
+            )
+            return sql.execute("DELETE FROM dead WHERE due <= ?", (now,)).rowcount
 
-    def forget(self, collection: str) -> None:
-        """Forget the ids of a collection that is new, except those of pending points."""
+    def journal_targets(self) -> list[Target]:
+        """Return the targets of which the journal has points."""
+        rows = self._file.sql.execute(
+            "SELECT collection, space, dimensions FROM target"
+            " WHERE EXISTS (SELECT 1 FROM known WHERE known.target = target.id) ORDER BY id"
+        )
+        return [Target(*row) for row in rows]
+
+    def journal(self, target: Target, after: bytes, most: int) -> list[JournalEntry]:
+        """Return a target's first entries of the journal behind an id that are not pending."""
+        rows = self._file.sql.execute(
+            "SELECT point, coalesce(address, point), digest, coalesce(namespace, ''), payload,"
+            " coalesce(vectors, x''), is_update FROM known"
+            " WHERE target = :target AND point > :after AND NOT EXISTS"
+            " (SELECT 1 FROM waiting WHERE target = known.target AND point = known.point)"
+            " AND NOT EXISTS"
+            " (SELECT 1 FROM dead WHERE target = known.target AND point = known.point)"
+            " ORDER BY point LIMIT :most",
+            {"target": self._number(target), "after": after, "most": most},
+        )
+        return [JournalEntry(*row) for row in rows]
+
+    def state(self, target: Target) -> CollectionState | None:
+        """Return what a target's collection was when it was last looked at, if it ever was."""
+        row = self._file.sql.execute(
+            "SELECT identity, points FROM target WHERE id = ?", (self._number(target),)
+        ).fetchone()
+        return None if row is None or row[0] is None else CollectionState(*row)
+
+    def note_state(self, target: Target, state: CollectionState) -> None:
+        """Note what a target's collection is."""
         with self._file.change() as sql:
-            gone = sql.execute(
-                "DELETE FROM known WHERE target IN (SELECT id FROM target WHERE collection = ?)"
-                " AND NOT EXISTS (SELECT 1 FROM waiting"
-                "  WHERE waiting.target = known.target AND waiting.point = known.point)",
-                (collection,),
-            ).rowcount
-            if gone:
+            sql.execute(
+                "UPDATE target SET identity = ?, points = ? WHERE id = ?",
+                (state.identity, state.points, self._number(target)),
+            )
+
+    def forget(self, target: Target, points: Iterable[bytes] | None = None) -> int:
+        """Let the next answers write points again, all of a target unless some are named.
+
+        Pending points are written anyway. Returns how many that are.
+        """
+        number = self._number(target)
+        with self._file.change() as sql:
+            one = (
+                "UPDATE known SET mark = 1 WHERE target = ? AND mark = 0 AND NOT EXISTS"
+                " (SELECT 1 FROM waiting WHERE waiting.target = known.target"
+                "  AND waiting.point = known.point)"
+            )
+            if points is None:
+                gone = sql.execute(one, (number,)).rowcount
+            else:
+                rows = ((number, point) for point in points)
+                gone = sql.executemany(f"{one} AND point = ?", rows).rowcount
+            if gone > 0:
                 sql.execute(_FORGOTTEN)
+            return max(gone, 0)
 
     def backlog(self) -> Backlog:
         """Count the points that have not arrived."""
-        points, size, oldest = self._file.sql.execute(
-            "SELECT count(*), coalesce(sum(bytes), 0), min(at) FROM waiting INDEXED BY line"
-        ).fetchone()
-        reasons = self._file.sql.execute(
-            "SELECT collection, reason, count(*) FROM dead JOIN target ON target.id = dead.target"
-            " GROUP BY collection, reason ORDER BY count(*) DESC"
-        ).fetchall()
-        dead = sum(count for *_, count in reasons)
-        return Backlog(points, size, oldest, dead, tuple(map(tuple, reasons[:20])))
+        return read_backlog(self._file.sql)
+
+
+class CollectionBacklog(NamedTuple):
+    """The points of one target, counted."""
+
+    collection: str
+    space: str
+    dimensions: int
+    waiting: int
+    refused: int
+    journaled: int
+
+
+def read_collections(sql: sqlite3.Connection) -> list[CollectionBacklog]:
+    """Count the points of each target. Raises sqlite3.Error."""
+    rows = sql.execute(
+        "SELECT collection, space, dimensions,"
+        " (SELECT count(*) FROM waiting WHERE waiting.target = target.id),"
+        " (SELECT count(*) FROM dead WHERE dead.target = target.id),"
+        " (SELECT count(*) FROM known WHERE known.target = target.id)"
+        " FROM target ORDER BY id"
+    )
+    return [CollectionBacklog(*row) for row in rows]
+
+
+def read_backlog(sql: sqlite3.Connection) -> Backlog:
+    """Count the points that have not arrived. Raises sqlite3.Error."""
+    points, size, oldest = sql.execute(
+        "SELECT count(*), coalesce(sum(bytes), 0), min(at) FROM waiting INDEXED BY line"
+    ).fetchone()
+    reasons = sql.execute(
+        "SELECT collection, reason, count(*) FROM dead JOIN target ON target.id = dead.target"
+        " GROUP BY collection, reason ORDER BY count(*) DESC"
+    ).fetchall()
+    dead = sum(count for *_, count in reasons)
+    return Backlog(points, size, oldest, dead, tuple(map(tuple, reasons[:20])))
 
 
 class OnDisk(Protocol):
@@ -277,10 +417,12 @@ def select_entries(
     namespace: str | None = None,
     space: str | None = None,
     address: bytes | None = None,
+    tables: Sequence[str] = PENDING,
 ) -> list[OutboxEntry]:
     """Return the points that match all given values; all points if none is given.
 
-    A space without parameters matches those with parameters, too. Raises sqlite3.Error.
+    `tables` are PENDING or JOURNAL. A space without parameters matches those with parameters, too.
+    Raises sqlite3.Error.
     """
     given = {
         "namespace": namespace,
@@ -292,10 +434,10 @@ def select_entries(
     file.sql.create_function("current_label", 1, current_label, deterministic=True)
     condition = " AND ".join(_TERMS[name] for name in values) or "1"
     found: list[OutboxEntry] = []
-    for table in _TABLES:
+    for table in tables:
         rows = file.sql.execute(
-            f"SELECT target, point, address FROM {table} JOIN target ON target.id = target"
-            f" WHERE {condition}",
+            f"SELECT target, point, coalesce(address, point) FROM {table}"
+            f" JOIN target ON target.id = target WHERE {condition}",
             values,
         )
         found += [OutboxEntry(*row) for row in rows]
@@ -310,10 +452,10 @@ def remove_entries(file: OutboxFile, entries: Sequence[OutboxEntry]) -> None:
     with file.change() as sql:
         # SQLite overwrites what it deletes.
         sql.execute("PRAGMA secure_delete = 1")
-        for table in (*_TABLES, "known"):
+        for table in (*PENDING, *JOURNAL):
             sql.executemany(f"DELETE FROM {table} WHERE target = ? AND point = ?", keys)
         sql.execute(_FORGOTTEN)
 
 
-def _sum(point: bytes, vector: bytes, payload: bytes) -> bytes:
-    return checksum(point + vector + payload)
+def _sum(point: bytes, vector: bytes, payload: bytes, vectors: bytes) -> bytes:
+    return checksum(point + vector + payload + vectors)

@@ -28,7 +28,7 @@ LOCK_TIMEOUT_SECONDS = 2.0
 
 _FREE_PAGES = 2048
 """Free pages of 4 KiB that the file keeps, and that one vacuum frees."""
-_VERSION = 2
+_VERSION = 3
 _LAYOUT = """
 CREATE TABLE IF NOT EXISTS target (
     id INTEGER PRIMARY KEY, collection TEXT, space TEXT, dimensions INTEGER,
@@ -56,6 +56,31 @@ UPDATE {table} SET address = point,
 """
     for table in ("waiting", "dead")
 )
+# What is known becomes a journal: also when it was added, and what makes the point once more, given
+# its vector in the cache. `mark` is 0 where the next answer need not write the point again. Of a
+# collection there is what it was when it was last seen.
+# A default that is a constant changes no row, so a large file is brought up to date at once.
+_THIRD = """
+ALTER TABLE waiting ADD COLUMN digest BLOB;
+ALTER TABLE waiting ADD COLUMN vectors BLOB;
+ALTER TABLE waiting ADD COLUMN is_update INTEGER DEFAULT 0;
+ALTER TABLE waiting ADD COLUMN tries INTEGER DEFAULT 0;
+ALTER TABLE dead ADD COLUMN digest BLOB;
+ALTER TABLE dead ADD COLUMN vectors BLOB;
+ALTER TABLE dead ADD COLUMN is_update INTEGER DEFAULT 0;
+ALTER TABLE dead ADD COLUMN tries INTEGER DEFAULT 1;
+ALTER TABLE dead ADD COLUMN due REAL DEFAULT 0;
+ALTER TABLE known ADD COLUMN at REAL DEFAULT {now};
+ALTER TABLE known ADD COLUMN address BLOB;
+ALTER TABLE known ADD COLUMN digest BLOB;
+ALTER TABLE known ADD COLUMN namespace TEXT;
+ALTER TABLE known ADD COLUMN payload BLOB;
+ALTER TABLE known ADD COLUMN vectors BLOB;
+ALTER TABLE known ADD COLUMN is_update INTEGER DEFAULT 0;
+CREATE INDEX aged ON known (at);
+ALTER TABLE target ADD COLUMN identity TEXT;
+ALTER TABLE target ADD COLUMN points INTEGER;
+"""
 
 
 class OutboxFile:
@@ -152,7 +177,7 @@ class OutboxFile:
                 raise
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes of the file that are in use."""
         pages, free, size = (
             self.sql.execute(f"PRAGMA {name}").fetchone()[0]
@@ -221,7 +246,8 @@ def _prepared(path: Path) -> sqlite3.Connection:
         (version,) = sql.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise sqlite3.OperationalError(f"{path} is of a later version")  # noqa: TRY301
-        steps = (_LAYOUT if version < 1 else "") + (_SECOND if version < _VERSION else "")
+        third = _THIRD.format(now=time.time())
+        steps = "".join((_LAYOUT, _SECOND, third)[version:])
         if steps:
             # All or nothing, so that whoever is killed here begins again.
             sql.executescript(f"BEGIN; {steps} PRAGMA user_version = {_VERSION}; COMMIT;")

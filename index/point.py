@@ -1,5 +1,6 @@
 """The values of indexing: points, their targets, pending points and the counts of a backlog."""
 
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 from uuid import UUID
@@ -30,14 +31,21 @@ class Point:
     vector: Vector
     payload: bytes
     """A JSON object."""
-    mark: int
-    """Tells one content of this id from another; 0 where the id alone decides the content."""
+    plain: bool
+    """Whether its content follows from its id: once it is written, an answer with it need not be
+    written again."""
     new: bool
-    """Whether it goes to Qdrant even if a point of this id and mark has."""
+    """Whether it goes to Qdrant even if it is plain, and known to be there."""
     address: bytes = b""
     """The cache address of the input; empty if it is the id."""
     namespace: str = ""
     """The namespace of the input in the cache."""
+    digest: bytes = b""
+    """The check digest of the input in the cache; empty if it is not known."""
+    vectors: bytes = b""
+    """Further vectors as a JSON object, by their names; empty if there are none."""
+    is_update: bool = False
+    """Whether a point that is there keeps its other vectors and other fields of its payload."""
 
 
 class QueuedPoint(NamedTuple):
@@ -47,7 +55,39 @@ class QueuedPoint(NamedTuple):
     id: bytes
     vector: bytes
     payload: bytes
-    bytes: int
+    size: int
+    vectors: bytes
+    is_update: bool
+
+
+class JournalEntry(NamedTuple):
+    """A point that was added at some time."""
+
+    point: bytes
+    address: bytes
+    digest: bytes | None
+    """None if an earlier version added it; then there is no payload, either."""
+    namespace: str
+    compressed: bytes | None
+    """Its payload."""
+    vectors: bytes
+    is_update: bool
+
+    @property
+    def payload(self) -> bytes | None:
+        """The payload as it was sent; None if the journal does not have it."""
+        return None if self.compressed is None else zlib.decompress(self.compressed)
+
+
+class CollectionState(NamedTuple):
+    """What a collection is at some time; what somebody else did to it shows in a later one."""
+
+    identity: str
+    """See `collection.identity_of`."""
+    points: int
+    """About how many it has."""
+    is_new: bool = False
+    """Whether it was made just now."""
 
 
 class Backlog(NamedTuple):
@@ -60,6 +100,13 @@ class Backlog(NamedTuple):
     dead: int
     reasons: tuple[tuple[str, str, int], ...]
     """Of the dead letters: collection, reason, and how many."""
+
+    def refusals(self) -> list[dict[str, object]]:
+        """Return the reasons as they are shown."""
+        return [
+            {"collection": collection, "reason": reason, "points": count}
+            for collection, reason, count in self.reasons
+        ]
 
 
 def id_bytes(one: PointId) -> bytes:

@@ -8,7 +8,14 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
 from .client import Connection
-from .collection import Provenance, collection_aliases, conflict, look
+from .collection import (
+    CollectionNames,
+    CollectionOptions,
+    Provenance,
+    collection_aliases,
+    conflict,
+    look,
+)
 from .errors import Missing, OtherSpace
 
 
@@ -36,29 +43,38 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     *,
     limit: int,
     where: Mapping[str, Any] | None,
-    adopt: bool,
+    options: CollectionOptions,
+    names: CollectionNames,
 ) -> list[SearchHit]:
     """Return the nearest points, the nearest first; `where` is a filter in Qdrant's JSON.
 
-    `name` may be an alias. `adopt`: a collection that says nothing of its space is trusted. Raises
+    `name` may be an alias; `names` are the proxy's own, of which a migration may have replaced one.
+    With `options.adopt` a collection that says nothing of its space is trusted. Raises
     QdrantFailure; Missing, and OtherSpace for a collection whose vectors compare with none of
     `wanted`.
     """
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
+    name = await names.locate(qdrant, name, wanted)
     # An alias may lead elsewhere from one call to the next; a collection's own name does not.
     real = (await collection_aliases(qdrant)).get(name, name)
-    seen = await look(qdrant, real)
+    vector_name = options.vector_name
+    seen = await look(qdrant, real, vector_name)
     if seen is None:
         raise Missing(f"there is no collection {name}: nothing was indexed into it so far")
-    claim = conflict(name, seen, wanted, adopt=adopt)
+    claim = conflict(name, seen, wanted, adopt=options.adopt, vector_name=vector_name)
     if claim is not None:
         raise OtherSpace(claim)
     (numbers,) = vector.stack([query]).tolist()
     condition = None if where is None else models.Filter.model_validate(where)
     found = await qdrant.ask(
         lambda client: client.query_points(
-            real, query=numbers, limit=limit, query_filter=condition, with_payload=True
+            real,
+            query=numbers,
+            using=vector_name or None,
+            limit=limit,
+            query_filter=condition,
+            with_payload=True,
         )
     )
     return [SearchHit(_id(one.id), one.score, one.payload or {}) for one in found.points]

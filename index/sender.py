@@ -4,39 +4,65 @@ Each batch is written with `wait=True` and leaves the outbox only when Qdrant ha
 kill at any moment costs at most a repeated write of the same points. The collection is checked
 before each batch: it may be gone, or an alias may point to another one.
 
-The sender waits out what passes by itself (an outage, a limit), however long it takes. It finds a
-rejected point by bisection of the batch and moves it to the dead letters, with the reason. A point
-that makes the server fail (HTTP 500) goes to the end of the queue, alone.
+The sender waits out what passes by itself (an outage, a limit), however long it takes; what one
+collection refuses holds up no other. It finds a rejected point by bisection of the batch and moves
+it to the dead letters, with the reason; they are tried again after growing pauses. Qdrant may have
+written a part of a batch that it rejects; both halves are sent, so all of them arrive. A point that
+makes the server fail (HTTP 500) goes to the end of the queue, alone.
+
+The sender also looks at the collections from time to time. If somebody made one anew, restored it
+or deleted points, the points that are gone are forgotten, and the next answers write them again.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import orjson
 from embedding_proxy.cache.disk.lock import WriterLock
-from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
-from .client import Connection
-from .collection import CollectionOptions, Provenance, ensure
-from .errors import Denied, Missing, OtherSpace, QdrantFailure, Rejected, ServerFault, Unavailable
+from .client import BatchSize, Connection
+from .collection import (
+    CollectionNames,
+    CollectionOptions,
+    Provenance,
+    ensure,
+    state_of,
+)
+from .errors import (
+    Denied,
+    Disconnected,
+    LimitReached,
+    Missing,
+    OtherSpace,
+    Overloaded,
+    QdrantFailure,
+    Rejected,
+    ServerFault,
+    TooLarge,
+    Unavailable,
+    UntrustedCertificate,
+)
 from .outbox import FAILURES, OnDisk, Outbox
-from .point import QueuedPoint, Target, id_of
-
-if TYPE_CHECKING:
-    from qdrant_client import models
+from .point import CollectionState, QueuedPoint, Target
+from .resync import missing_points
+from .upsert import upsert
 
 log = logging.getLogger("embedding_proxy.index")
 
 TICK_SECONDS = 1.0
 """Interval of checks for points of other processes, and for a sender that has ended."""
+LOOK_SECONDS = 30.0
+"""Interval of looks at the collections, and at the dead letters."""
+MAX_LOOKS = 50
+"""Collections in one interval; the next ones come in the next."""
 MIN_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 MAX_WAIT_S = 300.0
@@ -56,6 +82,17 @@ class Counters:
     """The last failure of Qdrant or the outbox; None after a success."""
 
 
+@dataclass(slots=True)
+class _Queue:
+    """What the sender knows of one target."""
+
+    backoff: Backoff = field(default_factory=lambda: Backoff(MIN_PAUSE_S, MAX_PAUSE_S))
+    size: BatchSize = field(default_factory=lambda: BatchSize(MAX_POINTS))
+    paused_until: float = 0.0
+    """In the time of the event loop."""
+    failure: str | None = None
+
+
 class Sender:
     """Sends while it holds the lock in `folder`. `connect` makes a connection, not yet opened."""
 
@@ -66,20 +103,32 @@ class Sender:
         connect: Callable[[], Connection],
         collection_options: CollectionOptions,
         *,
+        names: CollectionNames,
         max_bytes: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._lock = WriterLock(folder / "index-sender.lock", 0)
         self._on_disk = on_disk
         self._connect = connect
         self._collection_options = collection_options
+        self._names = names
         self._max_bytes = max_bytes
-        self._max_points = MAX_POINTS
         self._backoff = Backoff(MIN_PAUSE_S, MAX_PAUSE_S)
         self._sleep = sleep
+        self._clock = clock
         self._held = AsyncExitStack()
         self._qdrant: Connection | None = None
         self._holds_lock = False
+        self._queues: defaultdict[Target, _Queue] = defaultdict(_Queue)
+        self._written: set[Target] = set()
+        self._next_look = 0.0
+        self._looked = 0
+        """Targets of the present round that were looked at."""
+        self._failure: str | None = None
+        """Of all queues."""
+        self._is_halved = False
+        """Whether the last batch failed, and the next one is smaller."""
         self.counters = Counters()
         self.wake = asyncio.Event()
         """Set when points were added."""
@@ -119,7 +168,7 @@ class Sender:
         try:
             return await self.take()
         except Unavailable as error:
-            self._failed(error, 0)
+            self._failed(error, None, 0)
             return None
 
     async def close(self) -> None:
@@ -139,76 +188,143 @@ class Sender:
                     await self._idle(pause)
                 continue
             except Unavailable as error:
-                # A bisected batch need not wait long.
-                halving = isinstance(error, ServerFault) and self._max_points > 1
-                asked = MIN_PAUSE_S if halving else error.retry_after_s or None
-                pause = self._failed(error, asked)
-            except Denied as error:
-                pause = self._failed(error, MAX_PAUSE_S)
+                # A halved batch need not wait long.
+                asked = MIN_PAUSE_S if self._is_halved else error.retry_after_s or None
+                pause = self._failed(error, None, asked)
+            except (Denied, UntrustedCertificate) as error:
+                pause = self._failed(error, None, MAX_PAUSE_S)
             except (QdrantFailure, *FAILURES) as error:
-                pause = self._failed(error)
+                pause = self._failed(error, None)
             except Exception:
                 # Nobody awaits this task: if it ended, nothing would be sent any more.
                 log.exception("sending to Qdrant failed")
                 pause = MAX_PAUSE_S
             await self._sleep(pause)
 
-    def _failed(self, error: BaseException, pause: float | None = None) -> float:
-        """Note a failure; return the seconds to the next try.
+    def _failed(
+        self, error: BaseException, queue: _Queue | None, pause: float | None = None
+    ) -> float:
+        """Note a failure, of one target's queue or of all; return the seconds to the next try.
 
         Unless `pause` says how long, they are more each time, and never quite the same.
         """
-        own = self._backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
+        backoff = self._backoff if queue is None else queue.backoff
+        own = backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
         pause = own if pause is None else min(pause, MAX_WAIT_S)
         words = str(error) or type(error).__name__
-        if words != self.counters.last_failure:
+        if words not in (self._failure, None if queue is None else queue.failure):
             log.warning("Qdrant: %s; points wait on disk, tried again in %.1f s", words, pause)
+        if queue is None:
+            self._failure = words
+        else:
+            queue.failure = words
         self.counters.failed += 1
         self.counters.last_failure = words
         return pause
+
+    def _succeeded(self, queue: _Queue) -> None:
+        """Note that a target's points were sent."""
+        queue.backoff.succeed()
+        self._recovered(queue.failure)
+        queue.failure = None
+        self._tell_failure()
+
+    def _recovered(self, failure: str | None = None) -> None:
+        """Note that Qdrant answers; `failure` is that of the queue that it took points of."""
+        if self._failure is not None or failure is not None:
+            log.info("Qdrant answers again")
+        self._backoff.succeed()
+        self._failure = None
+        self._tell_failure()
+
+    def _tell_failure(self) -> None:
+        failures = (one.failure for one in self._queues.values() if one.failure is not None)
+        self.counters.last_failure = next(failures, None)
 
     async def _idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.wake.wait()
-        self.wake.clear()
 
     async def _step(self) -> float:
         """Send a batch; return 0, or seconds after which there may be something to do."""
+        self.wake.clear()
+        self._is_halved = False
         qdrant = await self.take()
         if qdrant is None:
             return TICK_SECONDS
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            await self._on_disk(lambda outbox: outbox.requeue_dead_letters(self._clock()))
+            pending = set(await self._on_disk(Outbox.targets))
+            known = await self._on_disk(Outbox.journal_targets)
+            # The others are looked at when they are sent.
+            await self._look(
+                qdrant, self._next_looked([one for one in known if one not in pending])
+            )
         targets = await self._on_disk(Outbox.targets)
         if not targets:
+            await self._look(qdrant, self._written)
+            self._written.clear()
             await self._on_disk(Outbox.tidy)
             return TICK_SECONDS
-        target = targets[0]
-        limits = (self._max_bytes, self._max_points)
-        batch = await self._on_disk(lambda outbox: outbox.batch(target, *limits))
-        if batch:
-            await self._send(qdrant, target, batch)
-        if self.counters.last_failure is not None:
-            log.info("Qdrant takes points again")
-        self._backoff.succeed()
-        self.counters.last_failure = None
+        ready = [one for one in targets if self._queues[one].paused_until <= now]
+        if ready:
+            await self._send_from(qdrant, ready[0])
+        else:
+            await self._wait_for(min((self._queues[one] for one in targets), key=_due))
         return 0
+
+    async def _send_from(self, qdrant: Connection, target: Target) -> None:
+        """Send a batch of a target; what only its collection refuses pauses it alone."""
+        queue = self._queues[target]
+        limits = (self._max_bytes, queue.size.max_items)
+        batch = await self._on_disk(lambda outbox: outbox.batch(target, *limits))
+        try:
+            if batch:
+                await self._send(qdrant, target, batch)
+        except (Denied, LimitReached, Overloaded) as error:
+            asked = MAX_PAUSE_S if isinstance(error, Denied) else error.retry_after_s or None
+            pause = self._failed(error, queue, asked)
+            queue.paused_until = asyncio.get_running_loop().time() + pause
+            return
+        self._written.add(target)
+        self._succeeded(queue)
+
+    async def _wait_for(self, queue: _Queue) -> None:
+        """Wait until a queue is due, or until points are added."""
+        seconds = max(0.0, queue.paused_until - asyncio.get_running_loop().time())
+        pause = asyncio.ensure_future(self._sleep(seconds))
+        wake = asyncio.ensure_future(self.wake.wait())
+        try:
+            await asyncio.wait({pause, wake}, return_when=asyncio.FIRST_COMPLETED)
+            if pause.done():
+                queue.paused_until = 0.0
+        finally:
+            pause.cancel()
+            wake.cancel()
 
     async def _send(self, qdrant: Connection, target: Target, batch: Sequence[QueuedPoint]) -> None:
         """Write points and acknowledge them. Raises QdrantFailure for a passing failure."""
         wanted = Provenance(target.space, target.dimensions)
         try:
-            if await ensure(qdrant, target.collection, wanted, self._collection_options):
-                await self._on_disk(lambda outbox: outbox.forget(target.collection))
+            name = await self._names.locate(qdrant, target.collection, wanted)
+            state = await ensure(qdrant, name, wanted, self._collection_options)
         except Missing as error:
             raise Unavailable(str(error)) from error
         except (OtherSpace, Rejected) as error:
             await self._move_to_dead_letters(batch, str(error))
             return
-        await self._write(qdrant, target.collection, batch)
+        await self._notice_losses(qdrant, target, name, state)
+        await self._write(qdrant, target, name, batch)
 
-    async def _write(self, qdrant: Connection, name: str, batch: Sequence[QueuedPoint]) -> None:
+    async def _write(
+        self, qdrant: Connection, target: Target, name: str, batch: Sequence[QueuedPoint]
+    ) -> None:
+        size = self._queues[target].size
         try:
-            await upsert(qdrant, name, batch)
+            await upsert(qdrant, name, batch, self._collection_options.vector_name)
         except Missing as error:
             # It was deleted since the check; the next attempt makes it again.
             raise Unavailable(str(error)) from error
@@ -216,39 +332,71 @@ class Sender:
             if len(batch) == 1:
                 await self._move_to_dead_letters(batch, str(error))
                 return
+            if isinstance(error, TooLarge):
+                size.shrink(len(batch), error)
+                log.warning("Qdrant: %s; the next batches have %d points", error, size.max_items)
+                return
             half = len(batch) // 2
-            await self._write(qdrant, name, batch[:half])
-            await self._write(qdrant, name, batch[half:])
+            await self._write(qdrant, target, name, batch[:half])
+            await self._write(qdrant, target, name, batch[half:])
             return
-        except ServerFault:
-            # One of these points may be the cause: the next batch is half as long.
+        except (ServerFault, Disconnected) as error:
+            # One of these points, or their size, may be the cause: the next batch is half as long.
             if len(batch) == 1:
                 await self._on_disk(lambda outbox: outbox.defer(batch))
-            self._max_points = max(1, len(batch) // 2)
+            self._is_halved = len(batch) > 1
+            size.shrink(len(batch), error)
             raise
         await self._on_disk(lambda outbox: outbox.ack(batch))
-        self._max_points = min(MAX_POINTS, 2 * self._max_points)
+        size.grow()
         self.counters.sent += len(batch)
 
     async def _move_to_dead_letters(self, batch: Sequence[QueuedPoint], reason: str) -> None:
         log.error("Qdrant refuses %d points, put aside: %s", len(batch), reason)
-        await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason))
+        now = self._clock()
+        await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason, now))
         self.counters.refused += len(batch)
 
+    def _next_looked(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """Return those of the targets whose turn it is: tenants may have a collection each."""
+        start = self._looked if self._looked < len(targets) else 0
+        self._looked = start + MAX_LOOKS
+        return targets[start : self._looked]
 
-async def upsert(qdrant: Connection, collection: str, batch: Sequence[QueuedPoint]) -> None:
-    """Write points, and return once they can be found. Raises QdrantFailure."""
-    points = await asyncio.to_thread(_structs, batch)
-    payloads = [one.payload for one in points]
-    await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
+    async def _look(self, qdrant: Connection, targets: Iterable[Target]) -> None:
+        """Notice what somebody else did to collections. Raises QdrantFailure for an outage."""
+        is_asked = False
+        for target in targets:
+            wanted = Provenance(target.space, target.dimensions)
+            with contextlib.suppress(Denied, Rejected, Overloaded, LimitReached):
+                name = await self._names.locate(qdrant, target.collection, wanted)
+                state = await state_of(qdrant, name)
+                await self._notice_losses(qdrant, target, name, state)
+                is_asked = True
+        if is_asked:
+            self._recovered()
+
+    async def _notice_losses(
+        self, qdrant: Connection, target: Target, name: str, state: CollectionState | None
+    ) -> None:
+        """Forget the points that a collection has lost since it was last looked at."""
+        before = await self._on_disk(lambda outbox: outbox.state(target))
+        lost = 0
+        if state is None or state.is_new or (before and before.identity != state.identity):
+            lost = await self._on_disk(lambda outbox: outbox.forget(target))
+        elif before and state.points < before.points:
+            async for gone in missing_points(qdrant, self._on_disk, target, name):
+                points = [one.point for one in gone]
+                lost += await self._on_disk(
+                    lambda outbox, points=points: outbox.forget(target, points)  # type: ignore[misc]
+                )
+        if lost:
+            log.warning(
+                "%d points are no longer in %s: the next answers write them again", lost, name
+            )
+        if state is not None and (before is None or before[:2] != state[:2]):
+            await self._on_disk(lambda outbox: outbox.note_state(target, state))
 
 
-def _structs(batch: Sequence[QueuedPoint]) -> "list[models.PointStruct]":
-    """Return points as the client takes them; every number is the float32 that it was."""
-    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
-
-    numbers = vector.stack([one.vector for one in batch]).tolist()
-    return [
-        models.PointStruct(id=id_of(one.id), vector=row, payload=orjson.loads(one.payload))
-        for one, row in zip(batch, numbers, strict=True)
-    ]
+def _due(queue: _Queue) -> float:
+    return queue.paused_until

@@ -5,10 +5,11 @@ instead: the socket stays, and passes on what it is asked. There each test has c
 own, whose names begin with something drawn at random; it sees no others, and deletes them.
 
 Of a server's rules these are kept, which the engine does not keep: an id is an unsigned integer of
-64 bits or a UUID, a vector has the collection's width, a batch with one bad point is refused as a
-whole, vectors of a cosine collection are scaled to length 1, a collection keeps its quantization
-and its payload indexes, an alias is of a collection, and what its version does not know yet is
-dropped in silence (metadata of collections before 1.16, `update_mode` before 1.17).
+64 bits or a UUID, a vector has the collection's width, a batch with one bad point is refused and
+written up to that point, vectors of a cosine collection are scaled to length 1, a collection keeps
+its configuration and its payload indexes, strict mode and keys have limits (see qdrant_limits), an
+alias is of a collection, and what its version does not know yet is dropped in silence (metadata of
+collections before 1.16, `update_mode` before 1.17).
 `tests/test_qdrant_rules.py` asks for these rules, of a real server, too.
 """
 
@@ -33,6 +34,8 @@ from leaks import WATCH
 from ports import own_port
 from pydantic import TypeAdapter, ValidationError
 from qdrant_client import QdrantClient, models
+from qdrant_extensions import extended, round_stored, unchanged
+from qdrant_limits import denial, refusal
 
 REAL = os.environ.get("QDRANT_URL")
 REAL_KEY = os.environ.get("QDRANT_API_KEY")
@@ -78,6 +81,8 @@ class QdrantServer:
     """When set, no request is answered before the event is: as slow as a test wants."""
     api_key: str | None = None
     """What clients must send; None = nothing."""
+    rights: dict[str, str] | None = None
+    """What that key may do; see qdrant_limits.denial. None = everything."""
     version: str = "1.17.0"
     """What it says it is, and behaves like."""
     requests: list[tuple[str, str, int]] = field(default_factory=list)
@@ -86,6 +91,8 @@ class QdrantServer:
     """What the upserts among them held."""
     waits: list[str | None] = field(default_factory=list)
     """What they said of `wait`."""
+    snapshots: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Those of each collection; they stay when it is deleted."""
     port: int = field(default_factory=own_port)
     _engine: "_Engine | None" = None
     _runner: web.AppRunner | None = None
@@ -177,6 +184,8 @@ class QdrantServer:
             return _json({"status": {"error": "Invalid API key or JWT"}, "time": 0.0}, 401)
         body = await request.read()
         path = request.rel_url.raw_path
+        if (denied := denial(self.rights, request.method, path)) is not None:
+            return _json({"status": {"error": denied}, "time": 0.0}, 403)
         self.requests.append((request.method, path, len(body)))
         if request.method == "PUT" and path.endswith("/points"):
             self.bodies.append(orjson.loads(body))
@@ -186,6 +195,8 @@ class QdrantServer:
         try:
             content = await self._answer(request.method, path, body, str(request.rel_url))
         except Refusal as refusal:
+            if not str(refusal):
+                return web.Response(status=refusal.status)
             return _json({"status": {"error": str(refusal)}, "time": 0.0}, refusal.status)
         return web.Response(body=content, content_type="application/json")
 
@@ -267,6 +278,10 @@ class _Engine:
                         return self._change_aliases(body)
                     case ["aliases"]:
                         return _plain(self._local.get_aliases())
+                    case ["collections", name, *rest] if (
+                        found := extended(self, method, name, rest, body)
+                    ) is not None:
+                        return found
                     case ["collections", name]:
                         return self._collection(method, name, body)
                     case ["collections", name, "exists"]:
@@ -309,26 +324,29 @@ class _Engine:
             return True
         if method == "DELETE":
             self._schemas.pop(name, None)
+            self._configs.pop(name, None)
             return bool(self._local.delete_collection(name))
         name = self._real(name)
         if method == "PATCH":
             asked = models.UpdateCollection.model_validate(body)
             metadata = asked.metadata if self._server.knows(16) else None
+            self._configs[name]["strict_mode_config"] = {
+                **(self._configs[name].get("strict_mode_config") or {}),
+                **(body.get("strict_mode_config") or {}),
+            }
             return self._local.update_collection(name, metadata=metadata)
         info = _plain(self._local.get_collection(name))
         count = info["points_count"]
         info["payload_schema"] = {
-            field: {"data_type": kind, "points": count}
+            field: {"points": count, **_schema(kind)}
             for field, kind in self._schemas.get(name, {}).items()
         }
-        info["config"]["quantization_config"] = self._configs[name].get("quantization_config")
+        _configured(info["config"], self._configs[name])
         return info
 
     def _index(self, name: str, body: Any) -> Any:
         asked = models.CreateFieldIndex.model_validate(body)
-        schema = body.get("field_schema")
-        kind = schema["type"] if isinstance(schema, dict) else schema or "keyword"
-        self._schemas[name][asked.field_name] = kind
+        self._schemas[name][asked.field_name] = body.get("field_schema") or "keyword"
         return _DONE
 
     def _change_aliases(self, body: Any) -> bool:
@@ -345,13 +363,23 @@ class _Engine:
             self._local.update_collection_aliases([action])
         return True
 
-    def _points(  # noqa: PLR0911 - a table
+    def _points(  # noqa: C901, PLR0911, PLR0912 - a table
         self, method: str, name: str, what: list[str], body: Any
     ) -> Any:
         local = self._local
+        round_stored(local.collections[name])
+        self._check_limits(method, name, "".join(f"/{one}" for one in what), body)
         match method, what:
             case "PUT", []:
                 return self._upsert(name, body)
+            case "PUT", ["vectors"]:
+                return self._update_vectors(name, body)
+            case "POST", ["batch"]:
+                for operation in body["operations"]:
+                    ((kind, one),) = operation.items()
+                    method, ends = _OPERATIONS[kind]
+                    self._points(method, name, ends, one)
+                return [_DONE for _ in body["operations"]]
             case "POST", []:
                 asked = models.PointRequest.model_validate(body)
                 found = local.retrieve(
@@ -374,6 +402,8 @@ class _Engine:
             case "POST", ["delete"]:
                 if "points" in body:
                     ids = [one for one in _ids(body["points"]) if local.retrieve(name, [one])]
+                    if not ids:
+                        return _DONE
                     selector: Any = models.PointIdsList(points=ids)
                 else:
                     selector = models.FilterSelector.model_validate(body)
@@ -382,16 +412,17 @@ class _Engine:
             case "POST", ["query"]:
                 query = models.QueryRequest.model_validate(body)
                 self._check_query(name, query)
-                found = local.query_points(
-                    name,
-                    query=query.query,
-                    using=query.using,
-                    query_filter=query.filter,
-                    limit=query.limit or 10,
-                    with_payload=query.with_payload or False,
-                    with_vectors=query.with_vector or False,
-                    score_threshold=query.score_threshold,
-                )
+                with unchanged(local.collections[name]):
+                    found = local.query_points(
+                        name,
+                        query=query.query,
+                        using=query.using,
+                        query_filter=query.filter,
+                        limit=query.limit or 10,
+                        with_payload=query.with_payload or False,
+                        with_vectors=query.with_vector or False,
+                        score_threshold=query.score_threshold,
+                    )
                 return _plain(found)
             case (("POST" | "PUT"), ["payload"]):
                 setting = models.SetPayload.model_validate(body)
@@ -415,6 +446,25 @@ class _Engine:
         else:
             _check_vector(query.query, params[query.using])
 
+    def _check_limits(self, method: str, name: str, what: str, body: Any) -> None:
+        limits = self._configs[name].get("strict_mode_config") or {}
+        points = self._local.count(name).count if limits else 0
+        if (found := refusal(limits, method, what, body, points)) is not None:
+            raise Refusal(*found)
+
+    def _update_vectors(self, name: str, body: Any) -> Any:
+        asked = models.UpdateVectors.model_validate(body)
+        params = self._local.get_collection(name).config.params.vectors
+        ready = [
+            one.model_copy(update={"id": _id(one.id), "vector": _stored(one.vector, params)})
+            for one in asked.points
+        ]
+        try:
+            self._local.update_vectors(name, ready)
+        except KeyError as error:
+            raise Refusal(404, f"Not found: No point with id {error.args[0]} found") from error
+        return _DONE
+
     def _upsert(self, name: str, body: Any) -> Any:
         asked = TypeAdapter(models.PointsBatch | models.PointsList).validate_python(body)
         if isinstance(asked, models.PointsBatch):
@@ -422,24 +472,68 @@ class _Engine:
         else:
             points = asked.points
         params = self._local.get_collection(name).config.params.vectors
-        ready = []
-        for point in points:
-            vector = point.vector
-            if isinstance(vector, dict) and set(vector) == {""}:
-                vector = vector[""]
-            if isinstance(params, models.VectorParams):
-                vector = _scaled(vector, params)
-            ready.append(point.model_copy(update={"id": _id(point.id), "vector": vector}))
         mode = asked.update_mode if self._server.knows(17) else None
-        self._local.upsert(name, ready, update_filter=asked.update_filter, update_mode=mode)
+        # Point by point: those before a bad one are written.
+        for point in points:
+            ready = {"id": _id(point.id), "vector": _stored(point.vector, params)}
+            self._local.upsert(
+                name,
+                [point.model_copy(update=ready)],
+                update_filter=asked.update_filter,
+                update_mode=mode,
+            )
         return _DONE
 
 
 _DONE = {"operation_id": 0, "status": "completed"}
 
 
+_OPERATIONS = {
+    "upsert": ("PUT", []),
+    "update_vectors": ("PUT", ["vectors"]),
+    "set_payload": ("POST", ["payload"]),
+    "overwrite_payload": ("PUT", ["payload"]),
+    "delete_payload": ("POST", ["payload", "delete"]),
+    "delete": ("POST", ["delete"]),
+}
+"""What the operations of a batch are alone: method, and the path behind `points`."""
+
+
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json")
+
+
+def _configured(config: Any, asked: dict[str, Any]) -> None:
+    """Put what a collection was made with into what is told of its configuration."""
+    config["quantization_config"] = asked.get("quantization_config")
+    config["strict_mode_config"] = asked.get("strict_mode_config")
+    parts = {"hnsw_config": "hnsw_config", "optimizers_config": "optimizer_config",
+             "wal_config": "wal_config"}  # fmt: skip
+    for given, told in parts.items():
+        config[told] |= {k: v for k, v in (asked.get(given) or {}).items() if v is not None}
+    for name in ("shard_number", "replication_factor", "write_consistency_factor",
+                 "on_disk_payload"):  # fmt: skip
+        if asked.get(name) is not None:
+            config["params"][name] = asked[name]
+
+
+def _schema(asked: Any) -> dict[str, Any]:
+    """Return what is told of a payload index: its type, and its parameters if it has some."""
+    if isinstance(asked, dict):
+        return {"data_type": asked["type"], "params": asked}
+    return {"data_type": asked}
+
+
+def _stored(vector: Any, params: Any) -> Any:
+    """Return a point's vectors as a cosine collection keeps the unnamed one; refuse bad ones."""
+    if not isinstance(params, models.VectorParams):
+        return vector
+    if not isinstance(vector, dict) or "" not in vector:
+        if isinstance(vector, dict) and any(isinstance(v, list) for v in vector.values()):
+            _check_vector(vector, params)
+        return vector if isinstance(vector, dict) else _scaled(vector, params)
+    scaled = _scaled(vector[""], params)
+    return {**vector, "": scaled} if len(vector) > 1 else scaled
 
 
 def _selected(asked: Any) -> Any:

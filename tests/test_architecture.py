@@ -77,6 +77,7 @@ DOORS = {
     # computes the checksums of a log.
     "numpy": {
         "providers/vector.py",
+        "index/migration/vectors.py",
         "providers/similarity.py",
         "providers/local.py",
         "proxy/cli/demo.py",
@@ -87,13 +88,16 @@ DOORS = {
         "index/collection_reader.py",
         "index/client.py",
         "index/collection.py",
+        "index/migration/points.py",
         "index/migration/qdrant.py",
+        "index/migration/vectors.py",
         "index/errors.py",
-        "index/sender.py",
+        "index/upsert.py",
         "index/search.py",
     },
     "pydantic": {
         "proxy/config/fields.py",
+        "proxy/config/index.py",
         "proxy/config/models.py",
         "proxy/config/providers.py",
         "proxy/config/schema.py",

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from embedding_proxy.cache.record import Entry, encode
 from embedding_proxy.proxy.config.fields import Section
+from embedding_proxy.proxy.config.index import Qdrant
 from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.models import ModelConfig, RouteConfig
 from embedding_proxy.proxy.config.providers import LimitsConfig
-from embedding_proxy.proxy.config.schema import DEFAULT_PROVIDERS, ProviderConfig, Qdrant, Settings
+from embedding_proxy.proxy.config.schema import DEFAULT_PROVIDERS, ProviderConfig, Settings
 from embedding_proxy.proxy.http import passthrough_upstream
 from embedding_proxy.proxy.http.passthrough_upstream import PREFIXES
 from fault_server import status

@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 from embedding_proxy.index.client import Connection
-from embedding_proxy.index.errors import Exists, Missing, Rejected
+from embedding_proxy.index.errors import Exists, LimitReached, Missing, Rejected, TooLarge
 from qdrant_client import models
 from qdrant_server import REAL, QdrantServer
 
@@ -53,13 +53,87 @@ async def test_ids_are_unsigned_integers_or_uuids(qdrant):
             await _put(qdrant, point)
 
 
-async def test_one_bad_point_refuses_the_batch(qdrant):
-    """Of another width, or with a vector that the collection does not have: nothing is written."""
-    named = models.PointStruct(id=3, vector={"other": [0.6, 0.8]})
-    for wrong in (_point(2, (1, 2, 3)), named):
-        with pytest.raises(Rejected):
-            await _put(qdrant, _point(1), wrong)
-    assert await _all(qdrant) == {}
+async def test_one_bad_point_refuses_the_batch_and_not_what_is_before_it(qdrant):
+    """Of another width, or with a vector that the collection does not have: it is not written."""
+    with pytest.raises(Rejected):
+        await _put(qdrant, _point(1), _point(2, (1, 2, 3)))
+    assert set(await _all(qdrant)) == {1}
+    with pytest.raises(Rejected):
+        await _put(qdrant, models.PointStruct(id=3, vector={"other": [0.6, 0.8]}))
+    assert set(await _all(qdrant)) == {1}
+
+
+async def test_the_unnamed_vector_stands_beside_sparse_ones(qdrant):
+    """It is named by the empty name then, or stands alone."""
+    sparse = {"bm25": models.SparseVectorParams()}
+    await qdrant.ask(
+        lambda client: client.create_collection("hybrid", PLAIN, sparse_vectors_config=sparse)
+    )
+    words = models.SparseVector(indices=[1, 5], values=[0.5, 2])
+    both = models.PointStruct(id=1, vector={"": [3, 4], "bm25": words})
+    await _put(qdrant, both, _point(2, (3, 4)), name="hybrid")
+    found = await _all(qdrant, "hybrid")
+    assert found[1].vector[""] == pytest.approx([0.6, 0.8])
+    assert found[1].vector["bm25"] == words
+    assert _dense(found[2].vector) == pytest.approx([0.6, 0.8])
+
+
+def _dense(vector):
+    return vector[""] if isinstance(vector, dict) else vector
+
+
+async def test_an_update_keeps_other_vectors_and_an_upsert_does_not(qdrant):
+    """Of a point that is not there an update is a 404, after the others are written."""
+    await qdrant.ask(lambda client: client.create_collection("named", {"x": PLAIN, "y": PLAIN}))
+    both = models.PointStruct(id=1, vector={"x": [0.6, 0.8], "y": [0.6, 0.8]})
+    await _put(qdrant, both, name="named")
+    change = [
+        models.PointVectors(id=1, vector={"x": [1.0, 0]}),
+        models.PointVectors(id=2, vector={"x": [1.0, 0]}),
+    ]
+    with pytest.raises(Missing):
+        await qdrant.ask(lambda client: client.update_vectors("named", change, wait=True))
+    found = await _all(qdrant, "named")
+    assert (set(found), found[1].vector["x"]) == ({1}, pytest.approx([1, 0]))
+    assert found[1].vector["y"] == pytest.approx([0.6, 0.8])
+    await _put(qdrant, models.PointStruct(id=1, vector={"x": [0.6, 0.8]}), name="named")
+    assert set((await _all(qdrant, "named"))[1].vector) == {"x"}
+
+
+async def _limit(qdrant, **limits):
+    config = models.StrictModeConfig(enabled=True, **limits)
+    await qdrant.ask(lambda client: client.update_collection("plain", strict_mode_config=config))
+
+
+async def test_strict_mode_refuses_large_calls(qdrant):
+    """Writes and reads of more points than it allows, and what no rate will ever allow."""
+    await _limit(qdrant, upsert_max_batchsize=3, max_query_limit=2)
+    points = [_point(n) for n in range(1, 5)]
+    with pytest.raises(TooLarge) as told:
+        await _put(qdrant, *points)
+    assert told.value.max_items == 3
+    await _put(qdrant, *points[:3])
+    with pytest.raises(TooLarge) as told:
+        await qdrant.ask(lambda client: client.scroll("plain", limit=3))
+    assert told.value.max_items == 2
+    await _limit(qdrant, write_rate_limit=2, upsert_max_batchsize=100)
+    with pytest.raises(TooLarge) as told:
+        await _put(qdrant, *points[:3])
+    assert told.value.max_items is None
+
+
+async def test_a_collection_that_is_full_says_so(qdrant):
+    """That is no matter of the point; an old one may not be written again, either."""
+    await _put(qdrant, _point(1), _point(2))
+    await _limit(qdrant, max_points_count=2)
+
+    async def write_again():
+        # A server counts again after some writes only.
+        for _ in range(100):
+            await _put(qdrant, _point(1))
+
+    with pytest.raises(LimitReached):
+        await write_again()
 
 
 async def test_named_vectors_have_their_names_and_widths(qdrant):

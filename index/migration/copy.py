@@ -17,16 +17,14 @@ from embedding_proxy.providers import vector
 from .embedding import Rejection
 from .runner import Migration, MigrationRefused
 from .snapshot import Snapshot
-from .state import Phase
+from .state import Counts, Phase
+from .vectors import is_copy
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 Refusals = dict[PointId, tuple[bytes, str]]
 """Points that cannot be carried: the digest of their payload then, and why."""
-
-SAME_NUMBERS = 0.99999
-"""The least cosine of a vector and its copy: servers normalise vectors when they store them."""
 
 
 @dataclass(slots=True)
@@ -36,13 +34,25 @@ class CarryResult:
     points: list[Point] = field(default_factory=list)
     """With their new vectors."""
     embedded: int = 0
+    without_vector: int = 0
     letters: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_to(self, counts: Counts) -> None:
+        """Count the points that were written."""
+        counts.embedded += self.embedded
+        counts.without_vector += self.without_vector
+        counts.copied += len(self.points) - self.embedded - self.without_vector
 
 
 async def carry(migration: Migration, points: Sequence[Point]) -> CarryResult:
-    """Give each point its new vector, or a dead letter. Raises EmbeddingError."""
+    """Give each point its new vector, or a dead letter. Raises EmbeddingError, QdrantFailure.
+
+    A point that has neither a text nor an old vector stays without one: its payload and its other
+    vectors are carried.
+    """
     done = CarryResult()
     texts: list[tuple[Point, str]] = []
+    textless: list[tuple[Point, str]] = []
     for point in points:
         wrong = migration.vector_error(point) if migration.regime.copies else "not looked at"
         if wrong is None:
@@ -51,10 +61,17 @@ async def carry(migration: Migration, points: Sequence[Point]) -> CarryResult:
         elif (text := migration.rule.text(point.payload)) is not None:
             texts.append((point, text))
         else:
-            why = f"no text: {_nothing_at(migration)}"
-            if migration.regime.copies:
-                why = f"the vector: {wrong}; {why}"
-            done.letters.append(letter(point, why))
+            textless.append((point, wrong))
+    bare = await _without_vector(migration, [point for point, _ in textless])
+    for point, wrong in textless:
+        if point.id in bare:
+            done.points.append(point)
+            done.without_vector += 1
+            continue
+        why = f"no text: {_nothing_at(migration)}"
+        if migration.regime.copies:
+            why = f"the vector: {wrong}; {why}"
+        done.letters.append(letter(point, why))
     answers = await migration.embedder.embed([text for _, text in texts])
     for (point, _), answer in zip(texts, answers, strict=True):
         if isinstance(answer, Rejection):
@@ -63,6 +80,15 @@ async def carry(migration: Migration, points: Sequence[Point]) -> CarryResult:
             done.points.append(point.with_vector(answer))
             done.embedded += 1
     return done
+
+
+async def _without_vector(migration: Migration, points: Sequence[Point]) -> set[PointId]:
+    """Return those of some points that have no vector to migrate."""
+    if not reads_vectors(migration):
+        ids = [point.id for point in points]
+        there = await migration.points.get_points(migration.state.source, ids, vectors=True)
+        points = list(there.values())
+    return {point.id for point in points if point.vector is None}
 
 
 def letter(point: Point, why: str) -> dict[str, Any]:
@@ -177,11 +203,10 @@ async def map_concurrently(
 async def _write_page(migration: Migration, page: Page, done: CarryResult) -> None:
     """Write a page, then the checkpoint after it."""
     state, counts = migration.state, migration.state.counts
-    await migration.points.write(state.target, done.points, only_new=True)
+    await migration.points.write(state.target, done.points, "insert_only")
     migration.state_file.append_dead_letters(done.letters)
     counts.points += len(page.points)
-    counts.embedded += done.embedded
-    counts.copied += len(done.points) - done.embedded
+    done.add_to(counts)
     counts.dead += len(done.letters)
     state.offset, state.first_pass_done = page.after, page.after is None
     migration.save()
@@ -189,18 +214,28 @@ async def _write_page(migration: Migration, page: Page, done: CarryResult) -> No
 
 def reads_vectors(migration: Migration) -> bool:
     """Tell whether the old vectors are needed: to copy them, or others beside them."""
-    return migration.regime.copies or migration.old.others
+    return migration.regime.copies or bool(migration.old.others)
+
+
+def is_little(migration: Migration, repaired: int) -> bool:
+    """Tell whether so few points differed in a pass that the cutover can carry what is left.
+
+    Another whole pass would find as many again where clients write all the time.
+    """
+    return repaired <= max(migration.pace.page, migration.state.counts.points // 100)
 
 
 async def follow(migration: Migration) -> None:
-    """Compare both collections and repair the new one, until a pass finds no difference.
+    """Compare both collections and repair the new one, until a pass finds little.
 
-    Raises MigrationRefused if the old one changes faster than it can be followed.
+    What is written from then on is carried by the cutover. Raises MigrationRefused if the old one
+    changes faster than it can be followed.
     """
     state = migration.state
     refused: Refusals = {}
     for number in range(1, migration.pace.passes + 1):
-        if not await compare(migration, refused, f"comparing {state.collection}, pass {number}"):
+        repaired = await compare(migration, refused, f"comparing {state.collection}, pass {number}")
+        if is_little(migration, repaired):
             state.phase = Phase.COPIED
             migration.save()
             return
@@ -226,17 +261,36 @@ async def compare(
         async for page in migration.points.pages(
             state.source, size, vectors=reads_vectors(migration)
         ):
-            known = len(letters)
-            repaired += await _repair(migration, page.points, refused, letters)
+            written, there = await _repair(migration, page.points, refused, letters)
+            repaired += len(written)
             if snapshot is not None:
-                snapshot.add(page.points, {one["id"] for one in letters[known:]})
+                await _take_down(migration, snapshot, page.points, written, there)
             number += len(page.points)
             tell(number)
-        repaired += await _delete_orphans(migration)
+        orphans = await _delete_orphans(migration)
+        repaired += len(orphans)
+        if snapshot is not None:
+            snapshot.remove(orphans)
     migration.state_file.replace_dead_letters(letters)
     counts.points, counts.dead = number, len(letters)
     migration.save()
     return repaired
+
+
+async def _take_down(
+    migration: Migration,
+    snapshot: Snapshot,
+    points: Sequence[Point],
+    written: Sequence[PointId],
+    there: dict[PointId, Point],
+) -> None:
+    """Store some points in the snapshot, as both collections have them now."""
+    again = await migration.points.get_points(
+        migration.state.target, written, vectors=reads_vectors(migration)
+    )
+    new = {one: point for one, point in there.items() if one not in written} | again
+    rule = migration.rule
+    snapshot.add(points, new, {one.id for one in points if rule.text(one.payload) is not None})
 
 
 async def _repair(
@@ -244,14 +298,17 @@ async def _repair(
     points: Sequence[Point],
     refused: Refusals,
     letters: list[dict[str, Any]],
-) -> int:
-    """Write the points that are missing or differ; return how many."""
+) -> tuple[list[PointId], dict[PointId, Point]]:
+    """Write the points that are missing or differ.
+
+    Returns the ids that were written or deleted, and the points that were there before.
+    """
     state, counts = migration.state, migration.state.counts
     ids = [point.id for point in points]
-    there = await migration.points.get_points(state.target, ids, vectors=migration.regime.copies)
+    there = await migration.points.get_points(state.target, ids, vectors=reads_vectors(migration))
     wrong = [one for one in points if _differs(migration, one, there.get(one.id))]
-    known = {one.id for one in wrong if refused.get(one.id, (b"",))[0] == one.digest()}
-    letters += [letter(one, refused[one.id][1]) for one in wrong if one.id in known]
+    known = {one.id: one for one in wrong if refused.get(one.id, (b"",))[0] == one.digest()}
+    letters += [letter(one, refused[one.id][1]) for one in known.values()]
     asked = {one.id: one for one in wrong if one.id not in known}
     done = await carry(migration, list(asked.values()))
     letters += done.letters
@@ -261,31 +318,38 @@ async def _repair(
     # A point without a new vector must not be found by its old one.
     stale = [found["id"] for found in done.letters if found["id"] in there]
     await migration.points.delete(state.target, stale)
-    counts.embedded += done.embedded
-    counts.copied += len(done.points) - done.embedded
+    done.add_to(counts)
     counts.updated += sum(one.id in there for one in done.points)
     counts.deleted += len(stale)
-    return len(done.points) + len(stale)
+    return [*(one.id for one in done.points), *stale], there
 
 
 def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
     """Tell whether a point is missing in the new collection, or out of date there."""
     if new is None or old.digest() != new.digest():
         return True
-    if not migration.regime.copies or migration.vector_error(old) is not None:
+    mine, theirs = old.others or {}, new.others or {}
+    for name, kind in migration.old.others.items():
+        if not is_copy(mine.get(name), theirs.get(name), kind):
+            return True
+    if not reads_vectors(migration):
         return False  # its vector follows from its text, which is in the payload
-    (expected,) = vector.derive([old.vector or b""], migration.model.dimensions)
-    return new.vector is None or vector.cosine(expected, new.vector) < SAME_NUMBERS
+    if migration.regime.copies and migration.vector_error(old) is None:
+        (expected,) = vector.derive([old.vector or b""], migration.model.dimensions)
+        return not is_copy(expected, new.vector, migration.old.kind)
+    has_source = old.vector is not None or migration.rule.text(old.payload) is not None
+    return (new.vector is not None) != has_source
 
 
-async def _delete_orphans(migration: Migration) -> int:
-    """Delete points that the old collection does not have any more; return how many."""
-    state, gone = migration.state, 0
+async def _delete_orphans(migration: Migration) -> list[PointId]:
+    """Delete points that the old collection does not have any more; return them."""
+    state = migration.state
+    orphans: list[PointId] = []
     async for page in migration.points.pages(state.target, migration.pace.page):
         ids = [point.id for point in page.points]
         there = await migration.points.get_points(state.source, ids)
         missing = [one for one in ids if one not in there]
         await migration.points.delete(state.target, missing)
-        gone += len(missing)
-    state.counts.deleted += gone
-    return gone
+        orphans += missing
+    state.counts.deleted += len(orphans)
+    return orphans

@@ -12,20 +12,47 @@ the old collection by its own name are followed for some passes, and reported.
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 
 from embedding_proxy.index.collection_reader import Point, PointId
+from embedding_proxy.index.errors import QdrantFailure
 
-from . import qdrant
+from . import qdrant, vectors
 from .copy import carry, reads_vectors
-from .qdrant import Points
+from .points import Points, WriteMode
 from .runner import Migration, MigrationRefused
-from .snapshot import Snapshot, SnapshotRow, content_digest
+from .snapshot import Snapshot, SnapshotRow, content_digest, other_digests
 from .state import MigrationState, Phase, State
 from .verify import CatchUp, Verdict, verify
 
+DUAL_WRITE_END_S = 3.0
+"""In which a proxy learns that dual writes have ended, and its points arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class MissingLimit:
+    """How many points of the old collection the new one may lack."""
+
+    number: int = 0
+    share: float = 0.0
+    """Of all points, 0 to 1; the larger of both counts."""
+
+    def allows(self, missing: int, total: int) -> bool:
+        """Tell whether so many of all points may be missing."""
+        return missing <= max(self.number, self.share * total + _ROUNDING)
+
+
+NONE_MISSING = MissingLimit()
+_ROUNDING = 1e-6
+"""29 % of 100 points are 29, and in floats a little less."""
+
 
 async def cutover(
-    migration: Migration, least: float, alias: str | None, *, allow_missing: bool
+    migration: Migration,
+    least: float,
+    alias: str | None,
+    *,
+    missing: MissingLimit = NONE_MISSING,
 ) -> Verdict:
     """Verify the new collection, then let the aliases of the old one point to it.
 
@@ -33,6 +60,9 @@ async def cutover(
     Raises MigrationRefused: then no alias has changed. Continues an interrupted cutover.
     """
     state, points = migration.state, migration.points
+    is_switched = state.phase is Phase.SWITCHED and alias in (None, *state.aliases)
+    if is_switched and await points_to(points, state.target, state.aliases):
+        return Verdict()  # by a command that was given before
     if state.phase not in (Phase.COPIED, Phase.SWITCHING):
         raise MigrationRefused(_not_now(state, "cutover"))
     there = await qdrant.aliases_of(points, state.target)
@@ -52,7 +82,7 @@ async def cutover(
         raise MigrationRefused(
             f"--alias {alias}: there is a collection, or an alias of another, of that name"
         )
-    verdict = await _verify(migration, least, allow_missing=allow_missing)
+    verdict = await _verify(migration, least, missing)
     # After a kill from here on, the state file names the aliases that moved, or are to move.
     state.aliases, state.phase = aliases, Phase.SWITCHING
     migration.save()
@@ -61,21 +91,21 @@ async def cutover(
     return verdict
 
 
-async def _verify(migration: Migration, least: float, *, allow_missing: bool) -> Verdict:
-    """Verify, and keep what the old collection held then. Raises MigrationRefused."""
+async def _verify(migration: Migration, least: float, missing: MissingLimit) -> Verdict:
+    """Verify, and keep what both collections held then. Raises MigrationRefused."""
     state, state_file = migration.state, migration.state_file
     with closing(Snapshot(state_file.snapshot)) as snapshot:
         verdict = await verify(migration, least, snapshot)
         snapshot.commit()
-    against = "; ".join(verdict.problems)
-    if verdict.good and verdict.dead and not allow_missing:
-        against = (
-            f"{verdict.dead:,} points could not be carried, see {state_file.dead_letters};"
-            " --allow-missing goes on without them"
+    problems = list(verdict.problems)
+    if not missing.allows(verdict.dead, verdict.old_points):
+        problems.append(
+            f"{verdict.dead:,} of {verdict.old_points:,} points could not be carried, see"
+            f" {state_file.dead_letters}; --allow-missing {verdict.dead} goes on without them"
         )
-    if against:
+    if problems:
         state_file.snapshot.unlink(missing_ok=True)
-        raise MigrationRefused(f"{state.collection} stays as it is: {against}")
+        raise MigrationRefused(f"{state.collection} stays as it is: {'; '.join(problems)}")
     return verdict
 
 
@@ -89,43 +119,85 @@ async def _end(migration: Migration, verdict: Verdict) -> None:
     migration.state_file.snapshot.unlink(missing_ok=True)
 
 
-async def rollback(points: Points, state_file: MigrationState) -> tuple[State, int]:
+async def rollback(points: Points, state_file: MigrationState) -> State:
     """Point the aliases to the old collection again, also those that `cutover` made.
-
-    Returns also how many points the new collection has that the old one lacks: they were written
-    since. Raises MigrationRefused.
-    """
-    state = load_state(state_file)
-    if state.phase not in (Phase.SWITCHING, Phase.SWITCHED):
-        raise MigrationRefused(_not_now(state, "rollback"))
-    if not await qdrant.exists(points, state.source):
-        raise MigrationRefused(f"{state.source} is not there any more: there is no way back")
-    await qdrant.switch(points, state.source, state.aliases)
-    state.phase = Phase.ROLLED_BACK
-    state_file.save(state)
-    state_file.snapshot.unlink(missing_ok=True)
-    return state, await only_in(points, state.target, state.source)
-
-
-async def finalize(points: Points, state_file: MigrationState, *, take_name: bool = False) -> State:
-    """Delete the old collection; with `take_name`, let its name be an alias of the new one.
 
     Raises MigrationRefused.
     """
     state = load_state(state_file)
-    if state.phase is not Phase.SWITCHED and not (take_name and state.phase is Phase.FINALIZED):
-        raise MigrationRefused(_not_now(state, "finalize"))
-    if state.phase is Phase.SWITCHED:
-        if not await points_to(points, state.target, state.aliases):
-            raise MigrationRefused(
-                f"the aliases of {state.collection} were changed since the cutover: look first"
-                " which collection is in use"
-            )
-        await qdrant.delete(points, state.source)
-    if take_name:
-        await qdrant.switch(points, state.target, [state.source])
-    state.phase = Phase.FINALIZED
+    if state.phase is Phase.ROLLED_BACK and await points_to(points, state.source, state.aliases):
+        return state  # by a command that was given before
+    if state.phase not in (Phase.SWITCHING, Phase.SWITCHED):
+        raise MigrationRefused(_not_now(state, "rollback"))
+    if not await qdrant.exists(points, state.source):
+        raise MigrationRefused(f"{state.source} is not there any more: there is no way back")
+    # Whatever fails from here on, the state says that the aliases may have moved.
+    state.phase = Phase.SWITCHING
     state_file.save(state)
+    await qdrant.switch(points, state.source, state.aliases)
+    state.phase = Phase.ROLLED_BACK
+    state_file.save(state)
+    state_file.snapshot.unlink(missing_ok=True)
+    return state
+
+
+async def finalize(
+    points: Points,
+    state_file: MigrationState,
+    *,
+    take_name: bool = False,
+    missing: MissingLimit = NONE_MISSING,
+    snapshot: bool = False,
+) -> State:
+    """Delete the old collection; with `take_name`, let its name be an alias of the new one.
+
+    With `snapshot` the server keeps one of the old collection. Raises MigrationRefused.
+    """
+    state = await check_finalize(points, state_file, missing)
+    if state.phase is Phase.SWITCHED:
+        if snapshot and await qdrant.exists(points, state.source):
+            state.snapshot = await qdrant.make_snapshot(points, state.source)
+            state_file.save(state)
+        if state.dual_write:
+            # The proxy sends what it has for the old collection before that is deleted.
+            state.dual_write = False
+            state_file.save(state)
+            await points.pause(DUAL_WRITE_END_S)
+        await qdrant.delete(points, state.source)
+        state.phase = Phase.FINALIZED
+        state_file.save(state)
+    if take_name:
+        try:
+            await qdrant.switch(points, state.target, [state.source])
+        except QdrantFailure as error:
+            raise MigrationRefused(
+                f"{state.source} is deleted, and its name is no alias yet: {error};"
+                " `finalize --take-name` again makes it one"
+            ) from error
+    return state
+
+
+async def check_finalize(
+    points: Points, state_file: MigrationState, missing: MissingLimit
+) -> State:
+    """Return the state if the old collection may be deleted, or is. Raises MigrationRefused."""
+    state = load_state(state_file)
+    if state.phase is Phase.FINALIZED:
+        return state
+    if state.phase is not Phase.SWITCHED:
+        raise MigrationRefused(_not_now(state, "finalize"))
+    if not await points_to(points, state.target, state.aliases):
+        raise MigrationRefused(
+            f"the aliases of {state.collection} were changed since the cutover: look first"
+            " which collection is in use"
+        )
+    if await qdrant.exists(points, state.source):
+        old, new = await points.count(state.source), await points.count(state.target)
+        if not missing.allows(old - new, old):
+            raise MigrationRefused(
+                f"{state.target} has {new:,} points, and {state.source} has {old:,}: if the other"
+                f" {old - new:,} may be lost, say so: --allow-missing {old - new}"
+            )
     return state
 
 
@@ -142,7 +214,7 @@ async def points_to(points: Points, name: str, aliases: Sequence[str]) -> bool:
     return set(aliases) <= set(await qdrant.aliases_of(points, name))
 
 
-async def only_in(points: Points, one: str, other: str) -> int:
+async def count_missing(points: Points, one: str, other: str) -> int:
     """Return how many points a collection has that another lacks."""
     count = 0
     async for page in points.pages(one, 1000):
@@ -190,9 +262,7 @@ async def _pass(migration: Migration, snapshot: Snapshot, late: CatchUp) -> int:
         ):
             rows = snapshot.rows([one.id for one in page.points])
             changed = [
-                one
-                for one in page.points
-                if one.id not in rows or rows[one.id].content != content_digest(one)
+                one for one in page.points if one.id not in rows or _has_changed(one, rows[one.id])
             ]
             if changed:
                 found += len(changed)
@@ -215,48 +285,125 @@ async def _carry(
     snapshot: Snapshot,
     late: CatchUp,
 ) -> None:
+    """Carry late changes of points, each part of one that no client has changed in the new one."""
     state, counts = migration.state, migration.state.counts
-    new = await migration.points.get_points(state.target, [one.id for one in changed])
-    mine = []
-    for one in changed:
-        row, there = rows.get(one.id), new.get(one.id)
-        if _is_untouched(row, there):
-            mine.append(one)
-        # A point that an interrupted pass has carried is neither.
-        elif there is None or there.digest() != one.digest():
-            late.left += 1
-    done = await carry(migration, mine)
-    fresh = [one for one in done.points if one.id not in new]
-    await migration.points.write(state.target, fresh, only_new=True)
-    await migration.points.write(state.target, [one for one in done.points if one.id in new])
-    # A point without a new vector must not be found by its old one.
+    ids = [one.id for one in changed]
+    new = await migration.points.get_points(state.target, ids, vectors=True)
+    late_changes = {one.id: _late_change(one, rows.get(one.id), new.get(one.id)) for one in changed}
+    late.left += sum(one.is_left for one in late_changes.values())
+    done = await carry(migration, [one for one in changed if late_changes[one.id].has_content])
     refused = [letter["id"] for letter in done.letters]
+    written = {point.id: point for point in done.points}
+    for one in changed:
+        change, there = late_changes[one.id], new.get(one.id)
+        if there is None or one.id in refused:
+            continue
+        if one.id in written or change.names:
+            others = dict(there.others or {})
+            for name in change.names:
+                others.pop(name, None)
+                if name in (one.others or {}):
+                    others[name] = (one.others or {})[name]
+            written[one.id] = replace(written.get(one.id, there), others=others or None)
+    # What a client has changed since the new points were read is looked at in the next pass.
+    again = await migration.points.get_points(state.target, list(written), vectors=True)
+    moved = {one for one in written if not _is_same(again.get(one), new.get(one))}
+    points = [point for one, point in written.items() if one not in moved]
+    fresh = [one for one in points if one.id not in new]
+    known = [one for one in points if one.id in new]
+    modes: tuple[tuple[list[Point], WriteMode], ...] = (
+        (fresh, "insert_only"),
+        (known, "update_only"),
+    )
+    for some, mode in modes:
+        await migration.points.write(state.target, some, mode)
+        # On disk at once: what is carried twice may have been deleted by a client in between.
+        carried = {one.id: one for one in some}
+        snapshot.add((one for one in changed if one.id in carried), carried)
+        snapshot.commit()
+    # A point without a new vector must not be found by its old one.
     await migration.points.delete(state.target, [one for one in refused if one in new])
     migration.state_file.append_dead_letters(done.letters)
-    counts.embedded += done.embedded
-    counts.copied += len(done.points) - done.embedded
-    counts.updated += len(done.points) - len(fresh)
+    done.add_to(counts)
+    counts.updated += len(points) - len(fresh)
     counts.dead += len(refused)
-    late.written += len(done.points)
+    late.written += len(points)
     late.dead += len(refused)
-    snapshot.add(changed, refused)
+    there_now = await migration.points.get_points(
+        state.target, ids, vectors=reads_vectors(migration)
+    )
+    snapshot.add((one for one in changed if one.id not in moved), there_now)
+    snapshot.commit()
+
+
+@dataclass(frozen=True, slots=True)
+class _LateChange:
+    """What of a point has changed in the old collection since the snapshot, and may be carried."""
+
+    has_content: bool = False
+    """Whether its payload and its migrated vector are."""
+    names: Sequence[str] = ()
+    """Those of its other vectors that are."""
+    is_left: bool = False
+    """Whether a part stays as it is, since a client has changed it in the new collection."""
+
+
+def _late_change(old: Point, row: SnapshotRow | None, new: Point | None) -> _LateChange:
+    if row is None or not row.carried or new is None:
+        # A point that an interrupted pass has carried is there already, as it is.
+        is_free = new is None and (row is None or not row.carried)
+        is_left = not is_free and (new is None or new.digest() != old.digest())
+        return _LateChange(is_free, is_left=is_left)
+    has_changed = row.content != content_digest(old)
+    is_touched = new.digest() != row.payload or (
+        row.vector is not None and row.vector != vectors.digest(new.vector)
+    )
+    names, touched = [], has_changed and is_touched and new.digest() != old.digest()
+    for name in {*(row.old or {}), *(old.others or {})} if row.old is not None else ():
+        mine, theirs = (vectors.digest((one or {}).get(name)) for one in (old.others, new.others))
+        if mine == (row.old or {}).get(name):
+            continue
+        if theirs == (row.new or {}).get(name):
+            names.append(name)
+        else:
+            touched |= theirs != mine
+    return _LateChange(has_changed and not is_touched, names, touched)
+
+
+def _is_same(one: Point | None, other: Point | None) -> bool:
+    """Tell whether a point is as it was."""
+    if one is None or other is None:
+        return one is other
+    return content_digest(one) == content_digest(other) and (
+        other_digests(one) == other_digests(other)
+    )
 
 
 async def _delete(
     migration: Migration, gone: list[PointId], snapshot: Snapshot, late: CatchUp
 ) -> None:
     rows = snapshot.rows(gone)
-    new = await migration.points.get_points(migration.state.target, gone)
+    new = await migration.points.get_points(
+        migration.state.target, gone, vectors=reads_vectors(migration)
+    )
     mine = [one for one in new if _is_untouched(rows[one], new[one])]
     await migration.points.delete(migration.state.target, mine)
     migration.state.counts.deleted += len(mine)
     late.deleted += len(mine)
     late.left += len(new) - len(mine)
     snapshot.remove(gone)
+    snapshot.commit()
 
 
-def _is_untouched(row: SnapshotRow | None, new: Point | None) -> bool:
+def _has_changed(old: Point, row: SnapshotRow) -> bool:
+    """Tell whether a point of the old collection is another than the snapshot has."""
+    return row.content != content_digest(old) or row.old not in (None, other_digests(old))
+
+
+def _is_untouched(row: SnapshotRow, new: Point) -> bool:
     """Tell whether a point of the new collection is as the cutover left it."""
-    if row is None or not row.carried:
-        return new is None
-    return new is not None and new.digest() == row.payload
+    if not row.carried or new.digest() != row.payload:
+        return False
+    if row.vector is not None and row.vector != vectors.digest(new.vector):
+        return False
+    return row.new in (None, other_digests(new))

@@ -8,10 +8,19 @@ from dataclasses import dataclass, field
 from embedding_proxy.index.collection_reader import Point, PointId
 from embedding_proxy.providers.profile import Limits
 
-from . import qdrant
 from .embedding import Model
-from .qdrant import Points, SourceCollection
-from .runner import Decision, MigrationRequest, Pace, Progress, decide, vector_error
+from .points import Points
+from .qdrant import SourceCollection
+from .runner import (
+    Decision,
+    MigrationRequest,
+    Pace,
+    Progress,
+    decide,
+    resolve_rule,
+    target_of,
+    vector_error,
+)
 
 CALL_S = 1.0
 """Seconds that a provider is taken to need for one call: nothing is bought to find out."""
@@ -31,10 +40,18 @@ class Plan:
     width: int
     dimensions: int
     decision: Decision
+    rule: str
+    """Where the texts are."""
     points: int = 0
     without_text: int = 0
     odd_vectors: dict[str, int] = field(default_factory=dict)
     """Points whose old vector is no good, by what is wrong with it."""
+    without_vector: int = 0
+    """Points that have no old vector; one with a text gets a new one all the same."""
+    others_only: int = 0
+    """Points without text and old vector: carried without a new vector."""
+    fields: set[str] = field(default_factory=set)
+    """The fields of the payloads."""
     numeric_ids: int = 0
     uuid_ids: int = 0
     dead: int = 0
@@ -90,14 +107,15 @@ class Survey:
         """Return what migrating a collection means. Raises MigrationRefused, QdrantFailure."""
         model, pace = self._model, self._pace
         decision = decide(old, wanted, model)
-        target = qdrant.target_name(old.name, model.name, model.dimensions)
+        rule = await resolve_rule(self._points, old, wanted)
         found = Plan(
             collection=wanted.collection,
             source=old.name,
-            target=wanted.into or target,
+            target=target_of(old, wanted, model),
             width=old.width,
             dimensions=model.dimensions,
             decision=decision,
+            rule=rule.source,
         )
         pages = self._points.pages(old.name, pace.page, vectors=True)
         sampled = 0
@@ -111,7 +129,7 @@ class Survey:
                 reading += self._clock() - begun
                 texts = []
                 for point in page.points:
-                    text = wanted.rule.text(point.payload)
+                    text = rule.text(point.payload)
                     wrong = vector_error(point, old.width, model.dimensions)
                     _count(found, point, text, wrong)
                     if text is not None and (wrong or not decision.regime.copies):
@@ -166,11 +184,16 @@ class Survey:
 
 def _count(found: Plan, point: Point, text: str | None, wrong: str | None) -> None:
     found.points += 1
+    found.fields.update(point.payload)
     found.without_text += text is None
+    found.without_vector += point.vector is None
     if isinstance(point.id, int):
         found.numeric_ids += 1
     else:
         found.uuid_ids += 1
+    if point.vector is None:
+        found.others_only += text is None
+        return
     if wrong is not None:
         found.odd_vectors[wrong] = found.odd_vectors.get(wrong, 0) + 1
     if text is None and (wrong is not None or not found.decision.regime.copies):

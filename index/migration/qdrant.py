@@ -1,12 +1,8 @@
-"""What a migration does in Qdrant: writes points, makes collections and switches aliases.
-
-A point is written with its new vector; its other vectors stay as they are.
-"""
+"""What a migration does with whole collections: looks, makes, switches aliases, deletes."""
 
 import contextlib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,75 +14,17 @@ from embedding_proxy.index.collection import (
     name_of,
     provenance_of,
 )
-from embedding_proxy.index.collection_reader import CollectionReader, Point, PointId
 from embedding_proxy.index.errors import Exists, Missing, OtherSpace, Rejected
-from embedding_proxy.providers import vector
+
+from .points import Points
+from .vectors import VectorType, vector_types
 
 if TYPE_CHECKING:
-    from qdrant_client.models import CollectionInfo, PointStruct
+    from qdrant_client.models import CollectionInfo
 
-WRITE_BYTES = 4_000_000
-"""About how many bytes of JSON one write has; servers take 32 MiB, gateways may take less."""
-_BYTES_A_NUMBER = 12
-"""About the size of a float32 in JSON."""
-
-
-class Points(CollectionReader):
-    """Reads and writes the points of collections; `name` is that of the migrated vector."""
-
-    async def write(
-        self, collection: str, points: Sequence[Point], *, only_new: bool = False
-    ) -> None:
-        """Write points and return when they can be read. `only_new` keeps points that exist.
-
-        A server before 1.17 does not support `only_new`; so callers check first which points exist.
-        """
-        from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
-
-        # Older versions of the package lack it; then the check of the caller must do.
-        modes = getattr(models, "UpdateMode", None)
-        options = {"update_mode": modes.INSERT_ONLY} if only_new and modes else {}
-        for some in _in_writes(points):
-            structs = [self._struct(point) for point in some]
-            await self.ask(
-                lambda client, structs=structs: client.upsert(  # type: ignore[misc]
-                    collection, structs, wait=True, **options
-                ),
-                [point.payload for point in some],
-            )
-
-    async def delete(self, collection: str, ids: Sequence[PointId]) -> None:
-        """Delete points, and return when they are gone."""
-        if ids:
-            await self.ask(lambda client: client.delete(collection, list(ids), wait=True))
-
-    def _struct(self, point: Point) -> "PointStruct":
-        from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
-
-        assert point.vector is not None  # noqa: S101 - no point is written without one
-        (numbers,) = vector.stack([point.vector]).tolist()
-        every: Any = numbers
-        if self.vector_name or point.others:
-            every = {**(point.others or {}), self.vector_name: numbers}
-        return models.PointStruct(id=point.id, payload=dict(point.payload), vector=every)
-
-
-def _in_writes(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """Split points into writes of about WRITE_BYTES at most, and one point at least."""
-    some: list[Point] = []
-    size = 0
-    for point in points:
-        own = len(point.vector or b"") // 4 * _BYTES_A_NUMBER
-        own += len(json.dumps(point.payload, default=str)) + sum(
-            _BYTES_A_NUMBER * len(one) for one in (point.others or {}).values() if type(one) is list
-        )
-        if some and size + own > WRITE_BYTES:
-            yield some
-            some, size = [], 0
-        some.append(point)
-        size += own
-    if some:
-        yield some
+SNAPSHOT_POLL_S = 2.0
+MAX_SNAPSHOT_POLLS = 1800
+"""How often it is asked whether a snapshot is complete: for an hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +40,10 @@ class SourceCollection:
     """Cosine, Dot, Euclid or Manhattan."""
     provenance: Provenance | None
     points: int
-    others: bool
-    """Whether its points may have further vectors."""
+    kind: VectorType
+    """How the vector that is migrated is stored."""
+    others: Mapping[str, VectorType]
+    """Further vectors that its points may have, and how they are stored."""
 
 
 async def real_name(points: Points, name: str) -> str:
@@ -133,18 +73,25 @@ async def look(points: Points, name: str, vector: str | None = None) -> SourceCo
         raise Rejected(f"{real} is sharded by keys of its own, which is not supported")
     found: Any = params.vectors
     there = dict(found) if isinstance(found, Mapping) else {"": found} if found else {}
-    chosen = vector if vector is not None else next(iter(there)) if len(there) == 1 else None
+    single = [name for name, one in there.items() if not one.multivector_config or len(there) == 1]
+    chosen = vector if vector is not None else single[0] if len(single) == 1 else None
     if chosen is None or chosen not in there:
         names = ", ".join(one or "the unnamed one" for one in there) or "none"
         raise Rejected(f"pick one of the vectors of {real} with --vector: {names}")
     one = there[chosen]
     if one.multivector_config:
         raise Rejected(f"{real} has a multivector, many for each point, which cannot be migrated")
+    types = vector_types(params)
+    kind = types.pop(chosen)
+    if kind.datatype == "uint8":
+        raise Rejected(
+            f"{real} stores its vectors as uint8, whole numbers from 0 to 255: no model gives such"
+            " vectors; make a collection of float32 or float16 first"
+        )
     count = await points.count(real)
     distance = str(one.distance.value)
-    others = len(there) > 1 or bool(params.sparse_vectors)
     return SourceCollection(
-        real, chosen, int(one.size), distance, provenance_of(info), count, others
+        real, chosen, int(one.size), distance, provenance_of(info), count, kind, types
     )
 
 
@@ -181,6 +128,7 @@ async def make_target(points: Points, old: SourceCollection, name: str, wanted: 
         raise OtherSpace(f"{name} holds vectors of {found}, and not of {wanted}; see --into")
     if _width(made, old.vector) != wanted.dimensions:
         raise OtherSpace(f"{name} has other vectors than {wanted}; see --into")
+    await _set_reading(points, name, info, made)
     for field, schema in info.payload_schema.items():
         if field not in made.payload_schema:
             kind: Any = schema.params or schema.data_type
@@ -220,6 +168,27 @@ async def switch(points: Points, to: str, aliases: Sequence[str]) -> None:
         await points.ask(lambda client: client.update_collection_aliases(operations))
 
 
+async def make_snapshot(points: Points, name: str) -> str:
+    """Let the server make a snapshot of a collection, which stays when that is deleted.
+
+    Returns its name once it is complete. Raises Rejected for a folder, which has none.
+    """
+    if points.qdrant.embedded:
+        raise Rejected("a folder has no snapshots: copy the folder itself instead")
+
+    async def names() -> set[str]:
+        return {one.name for one in await points.ask(lambda client: client.list_snapshots(name))}
+
+    before = await names()
+    # The call takes longer than a call may where there is much: so its end is asked for.
+    await points.ask(lambda client: client.create_snapshot(name, wait=False))
+    for _ in range(MAX_SNAPSHOT_POLLS):
+        if made := await names() - before:
+            return max(made)
+        await points.pause(SNAPSHOT_POLL_S)
+    raise Rejected(f"Qdrant has not made a snapshot of {name} in time; nothing is deleted")
+
+
 async def delete(points: Points, name: str) -> None:
     """Delete a collection if it exists."""
     if await exists(points, name):
@@ -234,6 +203,24 @@ def _width(info: "CollectionInfo", vector: str) -> int:
     found: Any = info.config.params.vectors
     one = found.get(vector) if isinstance(found, Mapping) else None if vector else found
     return int(one.size) if one else 0
+
+
+async def _set_reading(
+    points: Points, name: str, info: "CollectionInfo", made: "CollectionInfo"
+) -> None:
+    """Set what of a configuration the call that makes a collection does not take."""
+    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
+
+    fields = ("read_fan_out_factor", "read_fan_out_delay_ms")
+    wanted, found = info.config.params, made.config.params
+    given = {
+        one: value
+        for one in fields
+        if (value := getattr(wanted, one, None)) != getattr(found, one, None)
+    }
+    if given:
+        diff = models.CollectionParamsDiff(**given)
+        await points.ask(lambda client: client.update_collection(name, collection_params=diff))
 
 
 def _config_like(
@@ -253,27 +240,37 @@ def _config_like(
         vectors: Any = {name: widened(name, one) for name, one in found.items()}
     else:
         vectors = widened("", found)
-    hnsw = models.HnswConfigDiff(**_fields_of(config.hnsw_config, models.HnswConfigDiff))
-    optimizers = models.OptimizersConfigDiff(
-        **_fields_of(config.optimizer_config, models.OptimizersConfigDiff)
-    )
     old_metadata = {k: v for k, v in (config.metadata or {}).items() if k != KEY}
     made = {
         "vectors_config": vectors,
-        "sparse_vectors_config": params.sparse_vectors,
-        "shard_number": params.shard_number,
-        "replication_factor": params.replication_factor,
-        "write_consistency_factor": params.write_consistency_factor,
-        "on_disk_payload": params.on_disk_payload,
-        "hnsw_config": hnsw,
-        "optimizers_config": optimizers,
+        "hnsw_config": _fields_of(config.hnsw_config, models.HnswConfigDiff),
+        "optimizers_config": _fields_of(config.optimizer_config, models.OptimizersConfigDiff),
+        "wal_config": _fields_of(config.wal_config, models.WalConfigDiff),
         "quantization_config": config.quantization_config,
+        "sparse_vectors_config": params.sparse_vectors,
         "metadata": {**old_metadata, **wanted.as_metadata()},
     }
+    strict = getattr(config, "strict_mode_config", None)
+    if strict is not None:
+        made["strict_mode_config"] = _fields_of(strict, models.StrictModeConfig)
+    # The package knows some of these only since a later version.
+    made |= {name: getattr(params, name, None) for name in _PARAMS}
     return {key: value for key, value in made.items() if value is not None}
 
 
-def _fields_of(config: Any, model: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic models, or None
-    """Return the values of a configuration that are fields of `model`."""
-    values = {} if config is None else config.model_dump(exclude_none=True)
-    return {key: value for key, value in values.items() if key in model.model_fields}
+_PARAMS = (
+    "shard_number",
+    "replication_factor",
+    "write_consistency_factor",
+    "on_disk_payload",
+    "payload",
+    "id_tracker",
+)
+
+
+def _fields_of(config: Any, model: Any) -> Any:  # noqa: ANN401 - pydantic models, or None
+    """Return a configuration as another model of the same fields; None of none."""
+    if config is None:
+        return None
+    values = config.model_dump(exclude_none=True)
+    return model(**{key: value for key, value in values.items() if key in model.model_fields})

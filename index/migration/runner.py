@@ -6,9 +6,9 @@ aliases, and after a `rollback`, everything is as it was. The order of events::
     begin     regime chosen; collection made like the old one, payload indexes first
     sample    where vectors are copied: sampled texts are embedded, and compared
     copy      the old points in the order of their ids, a checkpoint after each written page
-    compare   whole passes over both, until one finds no difference: later changes follow
+    compare   whole passes over both, until one finds little: later changes follow
     cutover   compared and verified once more, then the aliases switch in one atomic step; changes
-              that reached the old collection meanwhile are carried
+              that reached the old collection since that comparison are carried
 
 A migration that was killed at any moment continues when it is run again. What was bought is in the
 cache and not bought again; only answers that were on their way at that moment are lost.
@@ -20,22 +20,23 @@ verified on sampled texts.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from embedding_proxy.index.client import no_insert_only
-from embedding_proxy.index.collection import Provenance
+from embedding_proxy.index.collection import Provenance, origin_of
 from embedding_proxy.index.collection_reader import Point
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space
 
 from . import qdrant
 from .embedding import Model, RetryingEmbedder
-from .qdrant import Points, SourceCollection
+from .points import Points
+from .qdrant import SourceCollection
 from .state import MigrationState, Phase, State
-from .text_template import Rule
+from .text_template import Payload, Rule, TemplateError, readings_of
 
 log = logging.getLogger("embedding_proxy.migrate")
 
@@ -133,6 +134,11 @@ class Pace:
 
 
 DEFAULT = Pace()
+DEFAULT_FIELD = "content"
+"""The field of the text where nothing says which it is."""
+MAX_NAMES = 40
+OWN_FIELD = "text"
+"""The field of the text in a collection of the proxy's own."""
 
 
 @dataclass(slots=True)
@@ -140,7 +146,8 @@ class MigrationRequest:
     """The user's request for one collection."""
 
     collection: str
-    rule: Rule
+    rule: Rule | None = None
+    """Where the texts are; None = where the collection, or a migration under way, says."""
     regime: Regime = Regime.AUTO
     old_space: Space | None = None
     """The space of the old vectors, if the user gives it."""
@@ -215,28 +222,86 @@ def decide(old: SourceCollection, wanted: MigrationRequest, model: Model) -> Dec
         raise MigrationRefused(f"{old.name}: {error}") from error
 
 
+async def resolve_rule(
+    points: Points, old: SourceCollection, wanted: MigrationRequest, known: State | None = None
+) -> Rule:
+    """Return where the texts of a collection are. Raises MigrationRefused if no point has any.
+
+    What the user says counts most, then what a migration under way says, then the collection
+    itself: one of the proxy's own has them in `text`, if its metadata names no other template.
+    """
+    rule = wanted.rule
+    try:
+        if rule is None and known is not None and known.phase is not Phase.FINALIZED:
+            rule = Rule.read(known.rule)
+        elif rule is None and old.provenance is not None:
+            own = old.provenance.text
+            rule = Rule.field(OWN_FIELD) if own is None else Rule.read(own)
+    except TemplateError as error:
+        raise MigrationRefused(f"{old.name}: {error}; say where the texts are") from error
+    rule = rule or Rule.field(DEFAULT_FIELD)
+    first: list[Payload] = []
+    fields: set[str] = set()
+    number = 0
+    async for page in points.pages(old.name, DEFAULT.page):
+        payloads = [point.payload for point in page.points]
+        if any(rule.text(payload) is not None for payload in payloads):
+            return rule
+        number += len(payloads)
+        fields.update(*payloads)
+        first = first or payloads
+    if not number:
+        return rule
+    ready = readings_of(first)
+    hint = f"; --text-by {ready[0]} reads them" if ready else ""
+    raise MigrationRefused(
+        f"none of {number:,} points of {old.name} has a text at {rule.source}; the fields there:"
+        f" {join_names(fields)}{hint}; say where it is: --text-field, --template or --text-by"
+    )
+
+
+def join_names(fields: Collection[str]) -> str:
+    """Return the names of fields for a message, the first MAX_NAMES of many."""
+    names = sorted(fields)
+    more = f", … ({len(names):,} in all)" if len(names) > MAX_NAMES else ""
+    return (", ".join(names[:MAX_NAMES]) or "none") + more
+
+
+def target_of(old: SourceCollection, wanted: MigrationRequest, model: Model) -> str:
+    """Return the name of the new collection."""
+    return wanted.into or qdrant.target_name(old.name, model.name, model.dimensions)
+
+
 def state_for(
-    points: Points, old: SourceCollection, wanted: MigrationRequest, model: Model
+    points: Points, old: SourceCollection, wanted: MigrationRequest, rule: Rule, model: Model
 ) -> State:
     """Return the state of a migration that has not begun. Raises MigrationRefused."""
     decision = decide(old, wanted, model)
+    space = None if old.provenance is None else old.provenance.space
+    if space is None and wanted.old_space is not None:
+        space = wanted.old_space.label
     return State(
         place=str(points.qdrant),
         collection=wanted.collection,
         source=old.name,
-        target=wanted.into or qdrant.target_name(old.name, model.name, model.dimensions),
+        target=target_of(old, wanted, model),
         vector=old.vector,
         model=model.asked,
         space=model.space.label,
         dimensions=model.dimensions,
-        rule=wanted.rule.source,
+        rule=rule.source,
         regime=decision.regime,
         why=decision.why,
+        old_space=space,
+        old_dimensions=old.width,
     )
 
 
-async def begin(migration: Migration) -> None:
-    """Continue from the saved state, or begin. Raises MigrationRefused, QdrantFailure."""
+async def begin(migration: Migration, *, dual_write: bool | None = None) -> None:
+    """Continue from the saved state, or begin. Raises MigrationRefused, QdrantFailure.
+
+    `dual_write` says whether the proxy is to write to both collections; None = as before.
+    """
     known = migration.state_file.load()
     fresh = migration.state
     if known is not None and known.phase is not Phase.FINALIZED:
@@ -252,6 +317,7 @@ async def begin(migration: Migration) -> None:
                 " that one to go on, or give --restart to begin anew with an empty collection"
             )
         migration.state = known
+        known.old_space, known.old_dimensions = fresh.old_space, fresh.old_dimensions
         if known.phase is Phase.ROLLED_BACK:
             known.phase = Phase.COPYING
     elif fresh.target == fresh.source:
@@ -267,10 +333,24 @@ async def begin(migration: Migration) -> None:
     if lack is not None:
         log.warning("%s", lack)
     state = migration.state
-    wanted = Provenance(state.space, state.dimensions, state.rule)
+    if dual_write is not None:
+        state.dual_write = dual_write
+    _check_dual_write(migration)
+    state.names = await qdrant.aliases_of(migration.points, state.source)
+    origin = origin_of(migration.old.name, migration.old.provenance)
+    wanted = Provenance(state.space, state.dimensions, state.rule, origin=origin)
     # The collection made next is ours: so the state is saved first.
     migration.save()
     await qdrant.make_target(migration.points, migration.old, state.target, wanted)
+
+
+def _check_dual_write(migration: Migration) -> None:
+    """Raise MigrationRefused if the proxy is to write to both collections, and cannot."""
+    state = migration.state
+    if state.dual_write and state.old_space is None:
+        raise MigrationRefused(
+            f"{state.source}: --dual-write has to know the model of the old vectors: --from"
+        )
 
 
 async def restart(points: Points, state_file: MigrationState) -> None:

@@ -1,13 +1,14 @@
-"""A snapshot of the old collection when the new one was equal to it: a row for each point, on disk.
+"""A snapshot of both collections when they were equal: a row for each point, on disk.
 
 Qdrant keeps no log of changes. Comparing the old collection with the snapshot finds what was
-written to it while the aliases were switched, and tells changes that clients made in the new one
-from other differences. It is on disk so that a killed cutover can continue.
+written to it while the aliases were switched, and comparing the new one finds what clients have
+changed there since. Each part of a point is kept apart: its payload with the migrated vector, and
+every other vector. It is on disk so that a killed cutover can continue.
 """
 
 import hashlib
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,18 @@ import orjson
 from embedding_proxy.cache import private_files
 from embedding_proxy.index.collection_reader import Point, PointId
 
+from . import vectors
 from .state import MigrationStateError
 
 _LAYOUT = """
 DROP TABLE IF EXISTS seen;
-CREATE TABLE seen (id BLOB PRIMARY KEY, payload BLOB, whole BLOB, carried INTEGER) WITHOUT ROWID;
+CREATE TABLE seen (
+    id BLOB PRIMARY KEY, payload BLOB, whole BLOB, carried INTEGER, vectors BLOB, text INTEGER
+) WITHOUT ROWID;
 """
+
+Digests = Mapping[str, str | None]
+"""Digests of vectors by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +38,15 @@ class SnapshotRow:
     payload: bytes
     """The digest of its payload."""
     content: bytes
-    """The digest of its payload, and of its vector if that was read."""
+    """The digest of its payload, and of its old vector if that was read."""
     carried: bool
     """Whether the new collection had it, too."""
+    old: Digests | None
+    """Its other vectors in the old collection; None in a snapshot of an earlier version."""
+    new: Digests | None
+    """Its other vectors in the new collection; None as above."""
+    vector: str | None
+    """The digest of its new vector, if that was read."""
 
 
 class Snapshot:
@@ -45,6 +58,7 @@ class Snapshot:
             private_files.make_folder(path.parent)
             private_files.create(path)
             self._sql = sqlite3.connect(path, isolation_level=None)
+            self._upgrade()
 
     def reset(self) -> None:
         """Delete all rows; new ones are on disk after `commit`."""
@@ -59,12 +73,28 @@ class Snapshot:
         if self._sql.in_transaction:
             self._run("COMMIT")
 
-    def add(self, points: Iterable[Point], left: Collection[PointId]) -> None:
-        """Store points as they are; those in `left` are not in the new collection."""
+    def add(
+        self,
+        points: Iterable[Point],
+        new: Mapping[PointId, Point],
+        with_text: Collection[PointId] = (),
+    ) -> None:
+        """Store points of the old collection, and what the new one has of them.
+
+        `with_text` are those whose vector can be compared with a text.
+        """
         self._many(
-            "INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO seen (id, payload, whole, carried, vectors, text)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
             [
-                (_key(one.id), one.digest(), content_digest(one), one.id not in left)
+                (
+                    _key(one.id),
+                    one.digest(),
+                    content_digest(one),
+                    one.id in new,
+                    _vectors_json(one, new.get(one.id)),
+                    one.id in with_text,
+                )
                 for one in points
             ],
         )
@@ -78,11 +108,25 @@ class Snapshot:
         found = {}
         for one in ids:
             row = self._run(
-                "SELECT payload, whole, carried FROM seen WHERE id = ?", (_key(one),)
+                "SELECT payload, whole, carried, vectors FROM seen WHERE id = ?", (_key(one),)
             ).fetchone()
             if row is not None:
-                found[one] = SnapshotRow(row[0], row[1], bool(row[2]))
+                digests = (None, None, None) if row[3] is None else orjson.loads(row[3])
+                found[one] = SnapshotRow(row[0], row[1], bool(row[2]), *digests)
         return found
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many points there are, and how many of them the new collection had."""
+        total, carried = self._run("SELECT count(*), total(carried) FROM seen").fetchone()
+        return total, int(carried)
+
+    def draw(self, number: int, *, with_text: bool) -> list[PointId]:
+        """Return points that the new collection had, drawn at random; or of those with a text."""
+        found = self._run(
+            "SELECT id FROM seen WHERE carried AND (text OR ?) ORDER BY random() LIMIT ?",
+            (not with_text, number),
+        )
+        return [orjson.loads(key) for (key,) in found]
 
     def pages(self, size: int) -> Iterator[list[PointId]]:
         """Yield all ids, some at a time; those of a page may be removed before the next."""
@@ -95,6 +139,13 @@ class Snapshot:
                 return
             yield [orjson.loads(key) for (key,) in found]
             after = found[-1][0]
+
+    def _upgrade(self) -> None:
+        """Give the file of an earlier version its new columns."""
+        columns = {one[1] for one in self._sql.execute("PRAGMA table_info(seen)")}
+        if columns and "vectors" not in columns:
+            self._sql.execute("ALTER TABLE seen ADD COLUMN vectors BLOB")
+            self._sql.execute("ALTER TABLE seen ADD COLUMN text INTEGER")
 
     def close(self) -> None:
         """Close the file; uncommitted changes are lost."""
@@ -123,6 +174,17 @@ def content_digest(point: Point) -> bytes:
     told = hashlib.blake2b(point.digest(), digest_size=16)
     told.update(point.vector or b"")
     return told.digest()
+
+
+def other_digests(point: Point) -> Digests:
+    """Return the digests of a point's vectors beside the one that is migrated."""
+    return {name: vectors.digest(one) for name, one in (point.others or {}).items()}
+
+
+def _vectors_json(old: Point, new: Point | None) -> bytes:
+    theirs = {} if new is None else other_digests(new)
+    own = None if new is None else vectors.digest(new.vector)
+    return orjson.dumps([other_digests(old), theirs, own])
 
 
 def _key(one: PointId) -> bytes:

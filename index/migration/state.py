@@ -18,6 +18,8 @@ import orjson
 from embedding_proxy.cache import atomic_file, private_files
 from embedding_proxy.index.collection_reader import PointId
 
+FOLDER = "migrations"
+"""The folder of all states in that of the cache."""
 FORMAT = 1
 """Version of the file; one of another version is not touched."""
 
@@ -32,7 +34,7 @@ class Phase(StrEnum):
     COPYING = "copying"
     """`run` is under way, or was interrupted."""
     COPIED = "copied"
-    """A whole pass found both collections equal."""
+    """A whole pass found little difference, and repaired it."""
     SWITCHING = "switching"
     """The aliases may point to either collection: `cutover` was interrupted."""
     SWITCHED = "switched"
@@ -61,6 +63,8 @@ class Counts:
     """Deleted again, since they were deleted in the old collection."""
     dead: int = 0
     """Points that could not be carried; the dead letters say why."""
+    without_vector: int = 0
+    """Written without a vector of the new model: they have no old one either, and no text."""
 
 
 @dataclass(slots=True)
@@ -96,6 +100,15 @@ class State:
     """The points whose texts were the sample."""
     aliases: list[str] = field(default_factory=list)
     """Aliases that `cutover` moved from the old collection, or made."""
+    names: list[str] = field(default_factory=list)
+    """The aliases of the old collection when `run` began."""
+    old_space: str | None = None
+    """The label of the space of the old vectors; None if nobody knows."""
+    old_dimensions: int = 0
+    dual_write: bool = False
+    """Whether the proxy writes what it indexes to both collections."""
+    snapshot: str | None = None
+    """The server's snapshot of the old collection, if `finalize` made one."""
     format: int = FORMAT
 
     def fingerprint(self) -> str:

@@ -12,9 +12,11 @@ the text. Lists are joined by spaces; what is not there is left out. What has no
 `None`, never a text of blanks: nobody would find it by what such a vector means.
 
 What no template can say, a package can do: it brings an object with a `version` and a `text`, by an
-entry point of the group `embedding_proxy.texts`, or a class that makes one without arguments.
+entry point of the group `embedding_proxy.texts`, or a class that makes one without arguments. Some
+are here already, see `READINGS`: for the payloads of LlamaIndex, LangChain and Mem0, and our own.
 """
 
+import contextlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,58 @@ class Maker(Protocol):
     def text(self, payload: Payload) -> str | None:
         """Return the text of a point; None if it has none."""
         ...
+
+
+@dataclass(slots=True)
+class _Field:
+    """The text is one field of the payload."""
+
+    name: str
+    version: str = "1"
+
+    def text(self, payload: Payload) -> str | None:
+        """Return the field, if it is a text."""
+        found = payload.get(self.name)
+        return found if isinstance(found, str) else None
+
+
+class _LlamaIndex:
+    """The text of a node in JSON, with its metadata before it as LlamaIndex embeds it."""
+
+    version = "1"
+
+    def text(self, payload: Payload) -> str | None:
+        """Return what LlamaIndex made the vector of; None if there is no node."""
+        try:
+            node = orjson.loads(str(payload.get("_node_content")))
+        except orjson.JSONDecodeError:
+            return None
+        if not isinstance(node, dict):
+            return None
+        resource = node.get("text_resource")
+        content = node.get("text") or (resource.get("text") if isinstance(resource, dict) else None)
+        excluded = set(node.get("excluded_embed_metadata_keys") or ())
+        form = node.get("metadata_template") or "{key}: {value}"
+        separator = node.get("metadata_seperator") or node.get("metadata_separator") or "\n"
+        lines = [
+            form.format(key=key, value=str(value))
+            for key, value in (node.get("metadata") or {}).items()
+            if key not in excluded
+        ]
+        metadata = separator.join(lines).strip()
+        if not metadata or not content:
+            return content if isinstance(content, str) else None
+        whole = node.get("text_template") or "{metadata_str}\n\n{content}"
+        return str(whole.format(content=content, metadata_str=metadata)).strip()
+
+
+READINGS: Mapping[str, Maker] = {
+    "embedding-proxy": _Field("text"),
+    "langchain": _Field("page_content"),
+    "llamaindex": _LlamaIndex(),
+    "mem0": _Field("data"),
+}
+"""What makes the texts of payloads that others have written, by the name that a user gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +144,9 @@ class Rule:
 
     @classmethod
     def brought(cls, name: str) -> Self:
-        """Return the rule that an installed package brings. Raises TemplateError."""
+        """Return the rule of READINGS, or of an installed package. Raises TemplateError."""
+        if (known := READINGS.get(name)) is not None:
+            return cls((), f"{name} {known.version}", known)
         absent = f"no installed package brings a way to make texts called `{name}`"
         where, maker = plugins.load(plugins.TEXTS, name, TemplateError, absent)
         if not isinstance(maker, Maker):
@@ -161,3 +217,14 @@ def _text(value: object) -> str:
     if isinstance(value, Sequence):
         return " ".join(filter(None, map(_text, value)))
     return orjson.dumps(value).decode()
+
+
+def readings_of(payloads: Sequence[Payload]) -> list[str]:
+    """Return the names of READINGS that find a text in some of these payloads."""
+    found = []
+    for name in READINGS:
+        rule = Rule.brought(name)
+        with contextlib.suppress(TemplateError):
+            if any(rule.text(payload) is not None for payload in payloads):
+                found.append(name)
+    return found

@@ -6,7 +6,7 @@ from embedding_proxy.index.collection_reader import Point
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
-from .copy import Refusals, compare
+from .copy import Refusals, compare, is_little
 from .embedding import Rejection
 from .runner import Migration
 from .snapshot import Snapshot
@@ -60,53 +60,59 @@ class Verdict:
         return not self.problems
 
 
-async def verify(migration: Migration, least: float, snapshot: Snapshot | None = None) -> Verdict:
+async def verify(migration: Migration, least: float, snapshot: Snapshot) -> Verdict:
     """Compare once more, then check counts, sampled vectors and searches.
 
-    `snapshot` receives what the old collection held in the last comparison. Raises QdrantFailure,
-    EmbeddingError.
+    `snapshot` receives what both collections held in the last comparison. What is written from
+    then on is carried after the switch. Raises QdrantFailure, EmbeddingError.
     """
     state, points = migration.state, migration.points
     verdict = Verdict(verified=True)
     refused: Refusals = {}
     for number in range(1, migration.pace.passes + 1):
+        snapshot.reset()
         title = f"verifying {state.collection}, pass {number}"
-        if snapshot is not None:
-            snapshot.reset()
         verdict.differing = await compare(migration, refused, title, snapshot)
-        if not verdict.differing:
+        if is_little(migration, verdict.differing):
             break
     else:
         verdict.problems.append(
             f"{state.source} changes faster than it can be followed:"
             f" {verdict.differing:,} points in the last pass"
         )
-    verdict.old_points = await points.count(state.source)
+    verdict.old_points, carried = snapshot.counts()
     verdict.new_points = await points.count(state.target)
     verdict.dead = state.counts.dead
-    if verdict.new_points + verdict.dead != verdict.old_points:
+    # The proxy may have written more to both since.
+    if verdict.new_points < carried or (verdict.new_points > carried and not state.dual_write):
         verdict.problems.append(
-            f"{verdict.new_points:,} points in {state.target} and {verdict.dead:,} dead letters"
-            f" do not make the {verdict.old_points:,} of {state.source}"
+            f"{verdict.new_points:,} points in {state.target}, and not the {carried:,} that were"
+            f" carried from {state.source}"
         )
-    sample = await _sample(migration)
+    sample = await _sample(migration, snapshot)
     verdict.sampled = len(sample)
     await _embed_again(migration, sample, least, verdict)
     await _search(migration, sample, verdict)
+    if verdict.old_points and not sample:
+        verdict.problems.append(
+            f"nothing of {state.source} could be looked at: no vector in {state.target} can be"
+            " compared with a text"
+        )
     return verdict
 
 
-async def _sample(migration: Migration) -> list[Point]:
+async def _sample(migration: Migration, snapshot: Snapshot) -> list[Point]:
     """Return points of the new collection, with their vectors.
 
     Where vectors were copied, these are the points whose texts were bought for the sample.
     """
     state, points = migration.state, migration.points
-    if state.proved:
-        there = await points.get_points(state.target, state.proved, vectors=True)
-        if there:
-            return list(there.values())
-    return await points.sample(state.target, migration.pace.sample)
+    drawn = snapshot.draw(migration.pace.sample, with_text=not migration.regime.copies)
+    for ids in (state.proved, drawn):
+        there = await points.get_points(state.target, ids, vectors=True)
+        if found := [one for one in there.values() if one.vector is not None]:
+            return found
+    return []
 
 
 async def _embed_again(
@@ -133,9 +139,7 @@ async def _embed_again(
 async def _search(migration: Migration, sample: list[Point], verdict: Verdict) -> None:
     target = migration.state.target
     for point in sample:
-        if point.vector is None:
-            verdict.problems.append(f"point {point.id} of {target} has no vector")
-            continue
+        assert point.vector is not None  # noqa: S101 - no others are drawn
         found = await migration.points.nearest(target, point.vector, RECALLED_AMONG)
         if any(_is_it(one, point) for one in found):
             verdict.recalled += 1

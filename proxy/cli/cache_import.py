@@ -22,8 +22,14 @@ from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.maintenance.archive import ArchiveError
-from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair, Source
+from embedding_proxy.cache.maintenance.import_source import (
+    Pair,
+    RejectedPair,
+    Source,
+    SourceError,
+)
 from embedding_proxy.cache.record import Entry
+from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
 from embedding_proxy.providers import tokens, vector
 from embedding_proxy.providers.base import Context, Embedder, Vector
 from embedding_proxy.providers.route_check import SAME
@@ -175,6 +181,10 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
+    text_by: Annotated[
+        str | None,
+        typer.Option(help=f"What makes the texts of Qdrant's payloads: {', '.join(READINGS)}."),
+    ] = None,
     vector_field: Annotated[
         str | None, typer.Option(help="Field or column of the embedding, or a named vector.")
     ] = None,
@@ -204,7 +214,12 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
     if kind is not None and kind not in FORMATS:
         raise loader.ConfigError(f"--format: there is no {kind!r}; known: {', '.join(FORMATS)}")
     pairs = open_source(
-        source, format=kind, text_field=text_field, vector_field=vector_field, texts=texts
+        source,
+        format=kind,
+        text_field=text_field,
+        vector_field=vector_field,
+        texts=texts,
+        rule=_rule(text_by),
     )
     entry = settings.models[model]
     ring = keyring(entry.as_space(), Namespace(namespace))
@@ -234,6 +249,13 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
             typer.echo(f"  {survey.refused:,} refused in all", err=True)
     if survey.refused:
         raise typer.Exit(1)
+
+
+def _rule(text_by: str | None) -> Rule | None:
+    try:
+        return None if text_by is None else Rule.brought(text_by)
+    except TemplateError as error:
+        raise loader.ConfigError(f"--text-by: {error}") from error
 
 
 def _check_model(settings: Settings, model: str | None) -> str:
@@ -307,17 +329,23 @@ def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
 ) -> archive.ImportReport:
     sums = archive.ImportReport()
-    # The first is looked at before a store is made for it.
-    rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
-    with ExitStack() as stack:
-        tell = stack.enter_context(progress("importing", total))
-        database: ReadableFile
-        if dry_run:
-            database = stack.enter_context(open_store_for_reading(settings))
-        else:
-            database = stack.enter_context(open_store(settings, create=True))
-        for sums in archive.import_rows(database, rows, dry_run=dry_run):
-            tell(sums.stored + sums.present)
+    try:
+        # The first is looked at before a store is made for it.
+        rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
+        with ExitStack() as stack:
+            tell = stack.enter_context(progress("importing", total))
+            database: ReadableFile
+            if dry_run:
+                database = stack.enter_context(open_store_for_reading(settings))
+            else:
+                database = stack.enter_context(open_store(settings, create=True))
+            for sums in archive.import_rows(database, rows, dry_run=dry_run):
+                tell(sums.stored + sums.present)
+    except SourceError as error:
+        raise WorkFailed(
+            f"{error} ({count(sums.stored, 'entry', 'entries')} taken in before; the same command"
+            " goes on)"
+        ) from error
     return sums
 
 
@@ -331,9 +359,12 @@ def _tell_sums(sums: archive.ImportReport, *, dry_run: bool) -> None:
 def _survey(importer: Importer, source: Source, sample: int) -> Survey:
     found = Survey()
     # The sample is drawn anew each time: nobody can prepare for it.
-    with progress("reading") as tell:
-        for found in importer.survey(source, sample, random.SystemRandom()):
-            tell(found.pairs + found.refused)
+    try:
+        with progress("reading") as tell:
+            for found in importer.survey(source, sample, random.SystemRandom()):
+                tell(found.pairs + found.refused)
+    except SourceError as error:
+        raise WorkFailed(f"{error} (0 entries taken in before)") from error
     if not found.pairs:
         why = f": {found.first_refused[0].why}" if found.first_refused else ""
         raise WorkFailed(f"{source.name}: there is nothing that could be taken in{why}")

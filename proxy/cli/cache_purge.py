@@ -18,7 +18,13 @@ from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.disk.store import TICK_SECONDS
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
-from embedding_proxy.index.outbox import OutboxEntry, remove_entries, select_entries
+from embedding_proxy.index.outbox import (
+    JOURNAL,
+    PENDING,
+    OutboxEntry,
+    remove_entries,
+    select_entries,
+)
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.billing import NANO
@@ -119,7 +125,7 @@ def _purge(
         chosen = _look_up(settings, store, outbox, choice)
         _confirm(chosen, is_sure=is_sure)
         if outbox is not None:
-            remove_entries(outbox, chosen.points)
+            remove_entries(outbox, [*chosen.points, *chosen.journaled])
         return chosen, _delete(store, chosen.choices, chosen.entries)
 
 
@@ -138,7 +144,7 @@ def _purge_in_place(
     # Now there is room for its log.
     with _outbox(settings) as outbox:
         if outbox is not None:
-            remove_entries(outbox, chosen.points)
+            remove_entries(outbox, [*chosen.points, *chosen.journaled])
     return chosen, deleted
 
 
@@ -188,6 +194,8 @@ class _Chosen:
     """Those of the entries that lie in a partition that several namespaces or spaces share."""
     points: list[OutboxEntry]
     """What waits for Qdrant."""
+    journaled: list[OutboxEntry]
+    """What the journal has of points that were sent."""
     has_outbox: bool
     nanodollars: int | None
     """About what the entries have cost; None if that is known of none."""
@@ -227,7 +235,10 @@ def _look_up(
     ]
     counts = [purge.count_entries(file, filter_) for filter_ in choices]
     entries, held = (sum(column) for column in zip(*counts, strict=True))
-    points = [] if outbox is None else _pending_points(outbox, file, choices)
+    points, journaled = (
+        [] if outbox is None else _outbox_points(outbox, file, choices, tables)
+        for tables in (PENDING, JOURNAL)
+    )
     of_partitions: Counter[int | None] = Counter()
     for filter_ in choices:
         of_partitions.update(
@@ -241,6 +252,7 @@ def _look_up(
         held,
         entries - counts[0][0],
         points,
+        journaled,
         outbox is not None,
         None if entries and unknown >= entries else nano,
         unknown,
@@ -316,13 +328,20 @@ def _outbox_for_reading(
         yield outbox
 
 
-def _pending_points(
-    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.PurgeFilter]
+def _outbox_points(
+    outbox: OutboxFile | ReadOnlyOutbox,
+    file: ReadableFile,
+    choices: Sequence[purge.PurgeFilter],
+    tables: Sequence[str],
 ) -> list[OutboxEntry]:
-    """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
+    """Return the points in `tables` of what is chosen first; by age the cache entry counts."""
     choice = choices[0]
     selected = select_entries(
-        outbox, namespace=choice.namespace, space=choice.space, address=choice.address
+        outbox,
+        namespace=choice.namespace,
+        space=choice.space,
+        address=choice.address,
+        tables=tables,
     )
     if choice.stored_before is None and choice.used_before is None:
         return selected

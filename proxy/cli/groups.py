@@ -139,6 +139,20 @@ def _say_what_is_waited_for() -> None:
     logging.getLogger("embedding_proxy.migrate").setLevel(logging.WARNING)
 
 
+index_app = group(
+    "Look at what waits for Qdrant, try again what it refused, send again what it has lost.",
+    {
+        "status": Place(
+            "index", "Say what waits for Qdrant, and what was put aside, with the reasons."
+        ),
+        "retry": Place("index", "Try again at once what was put aside."),
+        "resync": Place(
+            "index",
+            "Send again what was indexed and is not in Qdrant any more, from the cache.",
+        ),
+    },
+)
+
 config_app = group(
     "Show the configuration; convert an older one.",
     {

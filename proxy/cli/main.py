@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .groups import OTHERS, cache_app, config_app, group, migrate_app
+from .groups import OTHERS, cache_app, config_app, group, index_app, migrate_app
 from .imports import EXIT_CODE, importing
 from .output import ConfigOption, discard_unwritten, fail, handle_failures
 
@@ -36,6 +36,7 @@ app = group(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(index_app, name="index")
 app.add_typer(migrate_app, name="migrate")
 app.add_typer(config_app, name="config")
 

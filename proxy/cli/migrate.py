@@ -7,13 +7,15 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from embedding_proxy.index.errors import QdrantFailure, Rejected
 from embedding_proxy.index.migration import runner
 from embedding_proxy.index.migration.copy import copy, follow, verify_sample
 from embedding_proxy.index.migration.plan import Plan, Survey
-from embedding_proxy.index.migration.qdrant import Points, look
+from embedding_proxy.index.migration.points import Points
+from embedding_proxy.index.migration.qdrant import look
 from embedding_proxy.index.migration.runner import (
     DEFAULT,
     Migration,
@@ -32,7 +34,7 @@ from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from . import migrate_options
 from .formatting import age, count, money
 from .groups import migrate_app
-from .migrate_options import Target, settings_for
+from .migrate_options import Steps, Target, settings_for
 from .migrate_process import cancel_when_left, hold_lock, run_detached, wait_for_others
 from .output import (
     ConfigOption,
@@ -40,11 +42,10 @@ from .output import (
     WorkFailed,
     path_text,
     print_json,
-    progress,
     tell_store,
 )
 
-_NEXT = {
+NEXT = {
     Phase.COPYING: "run it again to go on",
     Phase.COPIED: "next: cutover",
     Phase.SWITCHING: "interrupted: cutover goes on, rollback goes back",
@@ -100,9 +101,14 @@ async def _plan(
         survey = Survey(points, target, what.model.entry.price, pace, target.limits)
         plans = []
         for wanted in what.wanted:
-            old = await look(points, wanted.collection, wanted.vector)
-            points.vector_name = old.vector
-            plans.append(await survey.plan(wanted, old, progress))
+            steps = Steps()
+            try:
+                old = await look(points, wanted.collection, wanted.vector)
+                points.vector_name = old.vector
+                plans.append(await survey.plan(wanted, old, steps))
+            except QdrantFailure as error:
+                hint = migrate_options.key_hint(what.settings, place, error)
+                raise WorkFailed(f"{wanted.collection}: {error}{hint}{steps}") from error
         return plans
 
 
@@ -133,6 +139,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     points_per_second: Annotated[
         float | None, typer.Option(min=0.001, help="Maximum speed.")
     ] = None,
+    dual_write: migrate_options.DualOption = None,
     restart: Annotated[
         bool, typer.Option(help="Delete the results of an unfinished migration and begin again.")
     ] = False,
@@ -157,7 +164,8 @@ def run(  # noqa: PLR0913 - one parameter an option
     pace = Pace(page, ahead, points_per_second, sample, passes)
     life = run_detached()
     try:
-        ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart, life=life))
+        begin = Beginning(restart, dual_write)
+        ended = asyncio.run(_run(what, qdrant, namespace, pace, begin, life))
     except asyncio.CancelledError:
         raise typer.Exit(130) from None
     failed = [why for _, _, why in ended if why is not None]
@@ -177,13 +185,21 @@ Ended = tuple[State | None, MigrationState, str | None]
 """What came of a collection: how far it is, and why it went no further."""
 
 
-async def _run(  # noqa: PLR0913 - in the order of their making
+class Beginning(NamedTuple):
+    """How a run begins."""
+
+    restart: bool
+    """Whether what an unfinished one has made is deleted."""
+    dual_write: bool | None
+    """Whether the proxy is to write to both collections; None = as before."""
+
+
+async def _run(  # noqa: PLR0913, PLR0917 - in the order of their making
     what: migrate_options.MigrationOptions,
     place: str | None,
     namespace: str,
     pace: Pace,
-    *,
-    restart: bool,
+    beginning: Beginning,
     life: int | None,
 ) -> list[Ended]:
     ended: list[Ended] = []
@@ -199,44 +215,47 @@ async def _run(  # noqa: PLR0913 - in the order of their making
             if target.unusable_reason:
                 raise WorkFailed(target.unusable_reason)
             for wanted, journal in zip(what.wanted, journals, strict=True):
+                steps = Steps()
+                why = None
                 try:
                     async with hold_lock(journal, target.finish):
-                        state = await _migrate(
-                            points, target, journal, wanted, pace, restart=restart
-                        )
-                    ended.append((state, journal, None))
+                        await _migrate(points, target, journal, wanted, pace, steps, beginning)
                 except MigrationRefused as error:
-                    # What is wrong with one collection says nothing of the next.
-                    ended.append((journal.load(), journal, str(error)))
-                except EmbeddingError as error:
-                    again = "run it again to go on"
-                    raise WorkFailed(f"{wanted.collection}: {error} ({again})") from error
+                    why = str(error)
+                except (EmbeddingError, QdrantFailure) as error:
+                    hint = migrate_options.key_hint(what.settings, place, error)
+                    kept = "; what was written and bought stays (run it again to go on)"
+                    why = f"{wanted.collection}: {error}{hint}{steps}{kept}"
+                    if not isinstance(error, Rejected):
+                        # Nobody answers: so it would be with the next one.
+                        ended.append((journal.load(), journal, why))
+                        break
+                # What is wrong with one collection says nothing of the next.
+                ended.append((journal.load(), journal, why))
     return ended
 
 
-async def _migrate(  # noqa: PLR0913 - in the order of their making
+async def _migrate(  # noqa: PLR0913, PLR0917 - in the order of their making
     points: Points,
     target: Target,
     journal: MigrationState,
     wanted: MigrationRequest,
     pace: Pace,
-    *,
-    restart: bool,
-) -> State:
-    if restart:
+    steps: Steps,
+    beginning: Beginning,
+) -> None:
+    if beginning.restart:
         await runner.restart(points, journal)
     old = await look(points, wanted.collection, wanted.vector)
     points.vector_name = old.vector
-    state = runner.state_for(points, old, wanted, target)
-    migration = Migration(
-        points, target, journal, wanted.rule, old, state, pace=pace, progress=progress
-    )
-    await begin(migration)
+    rule = await runner.resolve_rule(points, old, wanted, journal.load())
+    state = runner.state_for(points, old, wanted, rule, target)
+    migration = Migration(points, target, journal, rule, old, state, pace=pace, progress=steps)
+    await begin(migration, dual_write=beginning.dual_write)
     # What it buys is of use only with what it finds.
     await target.shield(verify_sample(migration, SAME))
     await copy(migration)
     await follow(migration)
-    return migration.state
 
 
 @asynccontextmanager
@@ -255,6 +274,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan as JSON."""
     told = asdict(plan)
     told["regime"], told["why"] = plan.decision.regime, plan.decision.why
+    told["fields"] = sorted(plan.fields)
     del told["decision"]
     return told
 
@@ -272,6 +292,13 @@ def print_plans(found: Sequence[Plan], *, exact: bool) -> None:
         )
         for why, number in sorted(one.odd_vectors.items()):
             typer.echo(f"  {count(number, 'odd vector')}: {why}")
+        typer.echo(f"  text from {one.rule}; fields: {runner.join_names(one.fields)}")
+        if one.without_vector:
+            typer.echo(
+                f"  {one.without_vector:,} without an old vector:"
+                f" {one.without_vector - one.others_only:,} get one from their text,"
+                f" {one.others_only:,} have no text and stay without"
+            )
         if one.dead:
             first = ", ".join(map(str, one.first_dead))
             typer.echo(f"  {count(one.dead, 'point')} cannot be carried: {first}")
@@ -311,7 +338,7 @@ def print_state(
 ) -> None:
     """Print how far a migration is; `sizes` are the points that are there now."""
     counts = state.counts
-    typer.echo(f"{state.collection}: {state.phase}; {_NEXT[state.phase]}")
+    typer.echo(f"{state.collection}: {state.phase}; {NEXT[state.phase]}")
     typer.echo(f"  {state.source} -> {state.target}: {state.model}, {state.dimensions} numbers")
     typer.echo(f"  {state.regime}: {state.why}")
     if state.proof is not None:
@@ -321,10 +348,16 @@ def print_state(
         f" {counts.embedded:,} embedded, {counts.bought:,} bought;"
         f" {counts.updated:,} updated and {counts.deleted:,} deleted since"
     )
+    if counts.without_vector:
+        typer.echo(f"  {counts.without_vector:,} have neither text nor old vector: carried without")
     for name, number in (sizes or {}).items():
         typer.echo(f"  {count(number, 'point')} in {name}")
+    if state.dual_write and state.phase is not Phase.FINALIZED:
+        typer.echo("  the proxy writes what it indexes to both")
     if state.aliases:
         typer.echo(f"  aliases: {', '.join(state.aliases)}")
+    if state.snapshot:
+        typer.echo(f"  the server keeps {state.source} as the snapshot {state.snapshot}")
     if counts.dead:
         letters = path_text(journal.dead_letters)
         typer.echo(f"  {counts.dead:,} could not be carried: {letters}")
@@ -349,6 +382,6 @@ def print_verdict(found: Verdict) -> None:
     cosine = "" if found.cosine is None else f", cosine {found.cosine:.5f} at least"
     typer.echo(
         f"  verified: {found.new_points:,} of {count(found.old_points, 'point')},"
-        f" ids and payloads equal; {found.sampled} sampled{cosine};"
+        f" ids, payloads and carried vectors equal; {found.sampled} sampled{cosine};"
         f" {found.recalled} found by their own vectors"
     )

@@ -9,8 +9,10 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from embedding_proxy.index.errors import QdrantFailure, Rejected
 from embedding_proxy.index.migration import cutover
-from embedding_proxy.index.migration.qdrant import Points, exists, look
+from embedding_proxy.index.migration.points import Points
+from embedding_proxy.index.migration.qdrant import exists, look
 from embedding_proxy.index.migration.runner import DEFAULT, Migration, MigrationRefused, Pace
 from embedding_proxy.index.migration.state import (
     MigrationState,
@@ -20,6 +22,7 @@ from embedding_proxy.index.migration.state import (
 )
 from embedding_proxy.index.migration.text_template import Rule
 from embedding_proxy.index.migration.verify import Verdict
+from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.route_check import SAME
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.loader import ConfigError
@@ -28,7 +31,7 @@ from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 from . import formatting, migrate, migrate_options
 from .groups import migrate_app
-from .migrate_options import Target, find_model, settings_for
+from .migrate_options import Steps, Target, find_model, settings_for
 from .migrate_process import hold_lock, wait_for_others
 from .output import (
     ConfigOption,
@@ -38,7 +41,6 @@ from .output import (
     need_terminal,
     print_json,
     printable,
-    progress,
     tell_store,
 )
 
@@ -68,7 +70,7 @@ def status_command(  # noqa: PLR0913 - one parameter an option
         _show_all(settings, qdrant, to, as_json=as_json)
         return
 
-    async def count_points(points: Points, journal: MigrationState) -> dict[str, int]:
+    async def count_points(points: Points, journal: MigrationState, _: Steps) -> dict[str, int]:
         state = cutover.load_state(journal)
         return {
             name: await points.count(name)
@@ -124,9 +126,7 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
         str | None,
         typer.Option(help="Create this alias; {collection} is the name of the collection."),
     ] = None,
-    allow_missing: Annotated[
-        bool, typer.Option(help="Continue although some points could not be migrated.")
-    ] = False,
+    allow_missing: migrate_options.MissingOption = "0",
     qdrant: migrate_options.QdrantOption = None,
     namespace: migrate_options.NamespaceOption = "",
     sample: migrate_options.SampleOption = DEFAULT.sample,
@@ -141,8 +141,9 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
     if alias is not None and len(chosen) > 1 and "{collection}" not in alias:
         raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
     pace = Pace(sample=sample, passes=passes)
+    missing = migrate_options.missing_limit(allow_missing)
 
-    async def switch(points: Points, journal: MigrationState) -> Verdict:
+    async def switch(points: Points, journal: MigrationState, steps: Steps) -> Verdict:
         state = cutover.load_state(journal)
         own = alias and alias.replace("{collection}", state.collection)
         model = find_model(settings, state.model, f"{journal.path}: model")
@@ -158,9 +159,9 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
                 old,
                 state,
                 pace=pace,
-                progress=progress,
+                progress=steps,
             )
-            return await cutover.cutover(migration, SAME, own, allow_missing=allow_missing)
+            return await cutover.cutover(migration, SAME, own, missing=missing)
 
     found = _each(settings, qdrant, chosen, to, switch)
     if as_json:
@@ -183,8 +184,15 @@ def rollback_command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Switch the aliases back to the old collections; the new ones stay."""
 
-    async def roll_back(points: Points, journal: MigrationState) -> int:
-        return (await cutover.rollback(points, journal))[1]
+    async def roll_back(points: Points, journal: MigrationState, steps: Steps) -> int | None:
+        state = await cutover.rollback(points, journal)
+        try:
+            with steps("counting what only the new one has", state.counts.points):
+                return await cutover.count_missing(points, state.target, state.source)
+        except QdrantFailure as error:
+            # It is rolled back all the same.
+            typer.echo(f"{state.collection}: {error}{steps}", err=True)
+            return None
 
     settings = loader.load(config_file)
     tell_store(settings)
@@ -194,7 +202,9 @@ def rollback_command(  # noqa: PLR0913 - one parameter an option
         return
     for state, journal, count in found:
         migrate.print_state(state, journal)
-        if count:
+        if count is None:
+            typer.echo(f"  how many points {state.target} has alone could not be counted")
+        elif count:
             typer.echo(
                 f"  {state.source} lacks {formatting.count(count, 'point')} of {state.target}"
             )
@@ -209,6 +219,10 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     take_name: Annotated[
         bool, typer.Option(help="Make the old name an alias of the new collection.")
     ] = False,
+    allow_missing: migrate_options.MissingOption = "0",
+    snapshot: Annotated[
+        bool, typer.Option(help="Let the server make a snapshot of it before; that stays.")
+    ] = False,
     yes: Annotated[
         int, typer.Option("--yes", count=True, help="Do not ask. Give it twice for both questions.")
     ] = 0,
@@ -222,8 +236,10 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     tell_store(settings)
     need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
 
-    async def count_points(points: Points, journal: MigrationState) -> int:
-        state = cutover.load_state(journal)
+    missing = migrate_options.missing_limit(allow_missing)
+
+    async def count_points(points: Points, journal: MigrationState, _: Steps) -> int:
+        state = await cutover.check_finalize(points, journal, missing)
         there = await exists(points, state.source)
         return await points.count(state.source) if there else 0
 
@@ -234,8 +250,10 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     if yes < 2:
         confirm("There is no way back afterwards. Sure?")
 
-    async def finish(points: Points, journal: MigrationState) -> None:
-        await cutover.finalize(points, journal, take_name=take_name)
+    async def finish(points: Points, journal: MigrationState, _: Steps) -> None:
+        await cutover.finalize(
+            points, journal, take_name=take_name, missing=missing, snapshot=snapshot
+        )
 
     found = _each(settings, qdrant, chosen, to, finish)
     if as_json:
@@ -245,12 +263,12 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
             migrate.print_state(state, journal)
 
 
-def _each(  # noqa: PLR0913 - what all four commands share
+def _each(  # noqa: C901, PLR0913 - what all four commands share
     settings: Settings,
     place: str | None,
     names: Sequence[str],
     to: str | None,
-    work: Callable[[Points, MigrationState], Awaitable[Any]],
+    work: Callable[[Points, MigrationState, Steps], Awaitable[Any]],
     *,
     lock: bool = True,
 ) -> list[tuple[State, MigrationState, Any]]:
@@ -259,14 +277,14 @@ def _each(  # noqa: PLR0913 - what all four commands share
     What is wrong with one does not keep the others back. Raises WorkFailed at the end.
     """
 
-    async def run_work(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
+    async def run_work(points: Points, journal: MigrationState, steps: Steps) -> Any:  # noqa: ANN401 - what `work` gives
         state = cutover.load_state(journal)
         if to is not None and to != state.model:
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
         if not lock:
-            return await work(points, journal)
+            return await work(points, journal, steps)
         async with hold_lock(journal):
-            return await work(points, journal)
+            return await work(points, journal, steps)
 
     async def run_all() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
         found, failed = [], []
@@ -276,10 +294,18 @@ def _each(  # noqa: PLR0913 - what all four commands share
         async with connection:
             points = Points(connection)
             for name, journal in zip(names, journals, strict=True):
+                steps = Steps()
                 try:
-                    result = await run_work(points, journal)
+                    result = await run_work(points, journal, steps)
                 except MigrationRefused as error:
                     failed.append(f"{name}: {error}")
+                except (EmbeddingError, QdrantFailure) as error:
+                    state = cutover.load_state(journal)
+                    now = f"now: {state.phase}; {migrate.NEXT[state.phase]}"
+                    hint = migrate_options.key_hint(settings, place, error)
+                    failed.append(f"{name}: {error}{hint}{steps} ({now})")
+                    if not isinstance(error, Rejected):
+                        break  # Nobody answers: so it would be with the next one.
                 else:
                     found.append((cutover.load_state(journal), journal, result))
         return found, failed

@@ -6,16 +6,20 @@ A model is named as a client names it, or with the provider before it that is to
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from embedding_proxy.index.client import Connection
+from embedding_proxy.index.errors import Denied
+from embedding_proxy.index.migration.cutover import MissingLimit
 from embedding_proxy.index.migration.runner import MigrationRequest, Regime
-from embedding_proxy.index.migration.state import MigrationState
-from embedding_proxy.index.migration.text_template import Rule, TemplateError
+from embedding_proxy.index.migration.state import FOLDER, MigrationState
+from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space, Vector
 from embedding_proxy.providers.dimensions import can_give
@@ -31,7 +35,7 @@ from embedding_proxy.proxy.service.inputs import CostPreview
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY
 
 from .migrate_process import ShieldedTask
-from .output import check_utf8
+from .output import check_utf8, progress
 
 MAX_END_S = 120.0
 """How long answers are waited for when a run is stopped."""
@@ -39,7 +43,6 @@ CLIENT = "migrate"
 """On whose account the purchases of a migration go in the ledger."""
 API_KEY = "QDRANT_API_KEY"
 """The variable of the key of a server that is named on the command line."""
-DEFAULT_FIELD = "content"
 _TEXTS = ("text_field", "template", "text_by")
 _KEYS = {*_TEXTS, "vector", "into"}
 
@@ -58,13 +61,15 @@ DimensionsOption = Annotated[
     int | None, typer.Option(help="The new dimensions. Default: those of the model.")
 ]
 FieldOption = Annotated[
-    str | None, typer.Option(help="Payload field with the text. Default: content.")
+    str | None,
+    typer.Option(help="Field of the payload with the text; unless given, content, or as it says."),
 ]
 TemplateOption = Annotated[
     str | None, typer.Option(help='A text made of several fields: "{title} {description} {tags}".')
 ]
 ByOption = Annotated[
-    str | None, typer.Option(help="An entry point of a package that makes the texts.")
+    str | None,
+    typer.Option(help=f"What makes the texts: {', '.join(READINGS)}, or of a package of yours."),
 ]
 FileOption = Annotated[
     Path | None,
@@ -75,6 +80,21 @@ RegimeOption = Annotated[
 ]
 VectorOption = Annotated[
     str | None, typer.Option("--vector", help="The vector to migrate, if points have several.")
+]
+MissingOption = Annotated[
+    str,
+    typer.Option(
+        "--allow-missing",
+        metavar="N|N%",
+        help="Go on though so many points, or such a share of them, could not be carried.",
+    ),
+]
+DualOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--dual-write/--no-dual-write",
+        help="Let the proxy write what it indexes to both collections, until finalize.",
+    ),
 ]
 IntoOption = Annotated[
     str | None, typer.Option(help="Name of the new collection, if only one is migrated.")
@@ -222,6 +242,21 @@ class Target:
         return await self._service.preview(texts, self.name, namespace=self._namespace)
 
 
+class Steps:
+    """Shows the progress of a migration, and says afterwards what was done last."""
+
+    def __init__(self) -> None:
+        self._title = ""
+
+    def __call__(self, title: str, total: float) -> AbstractContextManager[Callable[[float], None]]:
+        """Show the progress of a step."""
+        self._title = title
+        return progress(title, total)
+
+    def __str__(self) -> str:
+        return f", while {self._title}" if self._title else ""
+
+
 @dataclass(frozen=True, slots=True)
 class TextOptions:
     """Where the texts of all collections are that say nothing of their own."""
@@ -280,6 +315,14 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
     return MigrationOptions(settings, model, width_of(model, dimensions), wanted)
 
 
+def missing_limit(text: str) -> MissingLimit:
+    """Return how many points may be missing. Raises ConfigError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%|([0-9]+)", text.strip())
+    if found is None or float(found[1] or 0) > 100:
+        raise ConfigError(f"--allow-missing: {text!r} is neither a number nor a share as 1%")
+    return MissingLimit(int(found[2] or 0), float(found[1] or 0) / 100)
+
+
 def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:
     """Return the collections that are named, or else those of the file. Raises ConfigError."""
     return _collection_names(names, {} if file is None else _read_mapping(file))
@@ -308,7 +351,8 @@ def _read_mapping(path: Path) -> dict[str, Mapping[str, str]]:
     return found
 
 
-def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule:
+def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule | None:
+    """Return where the texts are; None if nothing says so."""
     field, template, by = (own.get(key) for key in _TEXTS)
     if not {*_TEXTS} & own.keys():
         field, template, by = texts.field, texts.template, texts.by
@@ -319,7 +363,7 @@ def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule:
             return Rule.template(template)
         if by is not None:
             return Rule.brought(by)
-        return Rule.field(DEFAULT_FIELD if field is None else field)
+        return None if field is None else Rule.field(field)
     except TemplateError as error:
         raise ConfigError(f"{name}: {error}") from error
 
@@ -340,6 +384,18 @@ def connection(settings: Settings, place: str | None) -> Connection:
     return Connection(path=path.resolve())
 
 
+def key_hint(settings: Settings, place: str | None, error: Exception) -> str:
+    """Return where the key is that Qdrant does not accept; nothing for another failure."""
+    if not isinstance(error, Denied):
+        return ""
+    qdrant = settings.index.qdrant
+    variable = API_KEY if place is not None or qdrant is None else qdrant.api_key_env
+    if variable is None:
+        return " (index.qdrant.api_key_env names no key)"
+    has_key = bool(os.environ.get(variable))
+    return f" (the key is in {variable})" if has_key else f" ({variable} is not set)"
+
+
 def journal_of(settings: Settings, qdrant: Connection, collection: str) -> MigrationState:
     """Return where the state of a migration is kept."""
     return MigrationState(journal_folder(settings), str(qdrant).rstrip("/"), collection)
@@ -347,4 +403,4 @@ def journal_of(settings: Settings, qdrant: Connection, collection: str) -> Migra
 
 def journal_folder(settings: Settings) -> Path:
     """Return the folder of all journals: beside the store."""
-    return settings.cache.directory / "migrations"
+    return settings.cache.directory / FOLDER

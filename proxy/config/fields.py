@@ -1,6 +1,7 @@
 """The types of values in a configuration, and what every section of one does."""
 
 import re
+import ssl
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -62,6 +63,23 @@ def _host_name(value: str) -> str:
     return value
 
 
+def _holds_certificates(value: Path, info: ValidationInfo) -> Path:
+    """Return the path of a file with certificates. Raises ValueError.
+
+    A command that asks nobody does not need the file.
+    """
+    if (info.context or {}).get(INSPECTED):
+        return value
+    remedy = "expected a PEM file with the certificate of your CA (BEGIN CERTIFICATE)"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=value)
+    except ssl.SSLError as error:
+        raise ValueError(f"holds no certificate; {remedy}") from error
+    except OSError as error:
+        raise ValueError(f"{value}: cannot be read: {error.strerror}; {remedy}") from error
+    return value
+
+
 CacheMode = Annotated[Mode, BeforeValidator(_off)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
@@ -71,6 +89,7 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 WebOrigin = Annotated[str, AfterValidator(_web_origin)]
 FilePath = Annotated[Path, BeforeValidator(_absolute)]
 """An absolute path, made of what the file says."""
+CertificateFile = Annotated[FilePath, AfterValidator(_holds_certificates)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 HttpUrl = Annotated[str, AfterValidator(addresses.http_url)]
 BaseUrl = Annotated[str, AfterValidator(addresses.base_url)]

@@ -1,10 +1,8 @@
 """What a configuration may say of one provider: which kind it is, and how it differs from it."""
 
 import re
-import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -13,14 +11,13 @@ from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.upstream.hops import HEADER as HOP_HEADER
 from embedding_proxy.proxy import request_fields
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from . import addresses
 from .errors import Problem, is_plain_name, refuse, suggestion
 from .fields import (
-    INSPECTED,
     BaseUrl,
-    FilePath,
+    CertificateFile,
     Name,
     Number,
     ProxyUrl,
@@ -81,7 +78,7 @@ class ProviderConfig(Section):
     share_cache: bool = False
     proxy: Annotated[ProxyUrl | None, Field(repr=False)] = None
     trust_env: bool = False
-    ca_file: FilePath | None = None
+    ca_file: CertificateFile | None = None
     timeout_s: Annotated[Number, Field(gt=0)] = 60
     connect_timeout_s: Annotated[Number, Field(gt=0)] = 10
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
@@ -115,24 +112,6 @@ class ProviderConfig(Section):
             except registry.UnknownKind as error:
                 near = suggestion(value, (*registry.KINDS, registry.LOCAL))
                 raise ValueError(f"{error}{near}") from error
-        return value
-
-    @field_validator("ca_file")
-    @classmethod
-    def _holds_certificates(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        """Return the path of a file with certificates. Raises ValueError.
-
-        A command that asks no provider does not need the file.
-        """
-        if value is None or (info.context or {}).get(INSPECTED):
-            return value
-        remedy = "expected a PEM file with the certificate of your CA (BEGIN CERTIFICATE)"
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=value)
-        except ssl.SSLError as error:
-            raise ValueError(f"holds no certificate; {remedy}") from error
-        except OSError as error:
-            raise ValueError(f"{value}: cannot be read: {error.strerror}; {remedy}") from error
         return value
 
     @field_validator("neutral_fields")

@@ -2,7 +2,7 @@
 
 - Routes: each is asked for known texts; all routes of one space must give the same vectors.
 - Providers: without one that can be asked, every cache miss fails.
-- Qdrant: whether vectors can be written to its collections.
+- Qdrant: whether points can be written to its collections, by writing one.
 """
 
 import asyncio
@@ -10,14 +10,20 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
+from uuid import uuid4
 
-from embedding_proxy.index.errors import InUse, QdrantFailure
-from embedding_proxy.providers import local, registry, tokens
+from embedding_proxy.index.client import Connection
+from embedding_proxy.index.collection import Provenance, ensure
+from embedding_proxy.index.errors import Denied, InUse, QdrantFailure
+from embedding_proxy.index.point import QueuedPoint
+from embedding_proxy.index.upsert import upsert
+from embedding_proxy.providers import local, registry, tokens, vector
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import AuthenticationError, EmbeddingError, ModelNotFound
 from embedding_proxy.providers.route_check import SAME, TEXTS, probe
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.proxy.config.index import Qdrant
 from embedding_proxy.proxy.config.loader import Configuration
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service import index_writes
@@ -208,12 +214,15 @@ class CollectionStatus:
     """Whether vectors may be written there; None if it was not asked."""
     collections: int | None = None
     error: str | None = None
+    note: str | None = None
+    """What works, but only in part."""
 
     @property
     def line(self) -> str:
         """What is to be told, in one line."""
         if self.ok:
-            return f"Qdrant: {self.place}: ok, {self.collections} collections"
+            note = f"; {self.note}" if self.note else ""
+            return f"Qdrant: {self.place}: ok, {self.collections} collections{note}"
         return f"Qdrant: {self.place}: {'FAILED' if self.ok is False else self.error}"
 
     @property
@@ -229,9 +238,10 @@ class CollectionStatus:
 async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of it
     settings: Settings, *, offline: bool
 ) -> CollectionStatus | None:
-    """Open the Qdrant of a configuration, and see whose collections are there; None if it has none.
+    """Open the Qdrant of a configuration, and prove that it takes points; None if it has none.
 
-    Nothing is made there.
+    Sees whose collections are there first. For the proof a collection of its own is made, and
+    removed again.
     """
     qdrant = settings.index.qdrant
     if qdrant is None:
@@ -248,6 +258,8 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
         ):
             found = await opened.ask(lambda client: client.get_collections())
             against = await index_writes.find_conflicts(settings, opened)
+            names = [one.name for one in found.collections]
+            note = None if against else await _prove_writes(settings, qdrant, opened, names)
     except InUse as error:
         # Most likely by a proxy that runs; it has looked at its start.
         return CollectionStatus(place, error=str(error))
@@ -257,4 +269,54 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
         return CollectionStatus(place, ok=False, error=f"no answer within {QDRANT_TIMEOUT_S:.0f} s")
     if against:
         return CollectionStatus(place, ok=False, error="; ".join(against))
-    return CollectionStatus(place, ok=True, collections=len(found.collections))
+    return CollectionStatus(place, ok=True, collections=len(names), note=note)
+
+
+async def _prove_writes(
+    settings: Settings, qdrant: Qdrant, opened: Connection, names: Sequence[str]
+) -> str | None:
+    """Write a point to a collection that is made for it, and remove both.
+
+    Returns what a key lacks with which some collections can be written to. Raises QdrantFailure;
+    Denied for a key with which none can.
+    """
+    name = f"{qdrant.prefix}embedding-proxy-check-{uuid4().hex[:8]}"
+    options = index_writes.collection_options(qdrant)
+    point = QueuedPoint(0, uuid4().bytes, vector.from_numbers([1.0, 0.0]), b"{}", 0, b"", False)  # noqa: FBT003
+    try:
+        await ensure(opened, name, Provenance("embedding-proxy/check", 2), options)
+        try:
+            await upsert(opened, name, [point], options.vector_name)
+        finally:
+            await opened.ask(lambda client: client.delete_collection(name))
+    except Denied as denied:
+        return await _writable_collections(settings, qdrant, opened, names, denied)
+    return None
+
+
+async def _writable_collections(
+    settings: Settings, qdrant: Qdrant, opened: Connection, names: Sequence[str], denied: Denied
+) -> str:
+    """Return in words which collections a key can write to that can make none.
+
+    Raises Denied if there are none, or if one of the models' own is none of them.
+    """
+    own = index_writes.collection_names(settings, qdrant)
+    ours = [one for one in names if one == qdrant.collection or own.is_own(one)]
+    writable, refused = [], []
+    for name in ours or names:
+        nothing = [str(uuid4())]
+        try:
+            # What is not there is deleted without effect, and needs the same right as a write.
+            await opened.ask(
+                lambda client, name=name, ids=nothing: client.delete(name, ids, wait=True)  # type: ignore[misc]
+            )
+            writable.append(name)
+        except Denied as error:
+            refused.append(f"{name}: {error}")
+    if ours and refused:
+        raise Denied(f"points cannot be written to {refused[0]}")
+    if not writable or (qdrant.collection and not ours):
+        lack = qdrant.collection or "the collections of the models"
+        raise Denied(f"{lack} cannot be made, and no collection there can be written to: {denied}")
+    return f"the key makes no collections, it can write to {', '.join(writable)} alone"

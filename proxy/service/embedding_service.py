@@ -36,6 +36,7 @@ from embedding_proxy.proxy.request_fields import classify
 from . import drift_check, index_writes, request
 from .client_keys import ClientKeys
 from .drift_check import DriftCheck
+from .dual_writes import DualWrites
 from .embedding_result import Result
 from .index_writes import IndexWrites, collection_of
 from .inputs import CostPreview, preview_cost
@@ -159,7 +160,8 @@ class SearchMixin(ABC):
             numbers,
             limit=limit,
             where=where,
-            adopt=qdrant.adopt_unlabeled,
+            options=index_writes.collection_options(qdrant),
+            names=self.indexing.names,
         )
 
 
@@ -186,6 +188,7 @@ class EmbeddingService(SearchMixin):
         self.drift_check: DriftCheck | None = None
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
+        self._dual_writes: DualWrites | None = None
         self._stack = AsyncExitStack()
         self._storage = storage
 
@@ -245,6 +248,13 @@ class EmbeddingService(SearchMixin):
                         self.settings, self.settings.index.qdrant, cache.directory, self._sleep
                     )
                 )
+                self._dual_writes = DualWrites(
+                    self.settings,
+                    self.settings.index.qdrant,
+                    self.indexing.names,
+                    self._embed_again,
+                )
+                stack.push_async_callback(self._dual_writes.close)
             if self.settings.server.drift_check_hours and cache.mode not in ("frozen", "off"):
                 self.drift_check = await stack.enter_async_context(
                     DriftCheck(
@@ -371,6 +381,28 @@ class EmbeddingService(SearchMixin):
         )
         return await self.answer(embedding_request, caller, control)
 
+    async def _embed_again(
+        self,
+        inputs: Sequence[Input],
+        model: str,
+        dimensions: int | None,
+        index: IndexOptions,
+        client: Client,
+    ) -> Result:
+        """Embed inputs with another model, and index them. Raises EmbeddingError."""
+        further = classify({})
+        asked = EmbeddingRequest(
+            model=model,
+            inputs=list(inputs),
+            dimensions=dimensions,
+            encoding="base64",
+            user=None,
+            parameters=further.parameters,
+            neutral=further.neutral,
+            index=index,
+        )
+        return await self.answer(asked, client)
+
     async def preview(
         self, inputs: Iterable[str], model: str, *, namespace: str = ""
     ) -> list[CostPreview]:
@@ -426,5 +458,8 @@ class EmbeddingService(SearchMixin):
             await self._answering.answer(embedding_request, caller, control)
         )
         if self.indexing is not None:
+            is_new = not self.indexing.knows(embedding_request.index, result)
             await self.indexing.take(embedding_request.index, control, result)
+            if is_new and self._dual_writes is not None:
+                await self._dual_writes.take(embedding_request.index, control, caller, result)
         return result

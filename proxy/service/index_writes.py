@@ -7,9 +7,10 @@ A request with `Cache-Control: no-store` leaves no trace here either.
 """
 
 import asyncio
+import hashlib
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,18 +18,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import orjson
-from embedding_proxy.cache.key import Key, Namespace, checksum, keyring
+from embedding_proxy.cache.key import Key, Namespace, keyring
 from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.index.client import Connection
-from embedding_proxy.index.collection import CollectionOptions, conflicts, name_of
-from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable
+from embedding_proxy.index.collection import (
+    CollectionNames,
+    CollectionOptions,
+    conflicts,
+    name_of,
+)
+from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable, UntrustedCertificate
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Outcome, Space, Vector, slices
 from embedding_proxy.providers.errors import InvalidRequest
+from embedding_proxy.proxy.config.index import Hnsw, Optimizers, Qdrant
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.schema import Qdrant, Settings
+from embedding_proxy.proxy.config.schema import Settings
 
 from . import request
 from .embedding_result import Result
@@ -65,14 +72,34 @@ def connection(qdrant: Qdrant) -> Connection:
         path=qdrant.path,
         api_key_env=qdrant.api_key_env,
         timeout_s=qdrant.timeout_s,
+        ca_file=qdrant.ca_file,
+        grpc_port=qdrant.grpc_port if qdrant.prefer_grpc else None,
     )
 
 
 def collection_options(qdrant: Qdrant) -> CollectionOptions:
     """Return how collections are made."""
     return CollectionOptions(
-        qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt_unlabeled
+        qdrant.on_disk,
+        qdrant.quantization,
+        qdrant.payload_indexes,
+        qdrant.adopt_unlabeled,
+        vector_name=qdrant.vector_name,
+        sparse_vectors=qdrant.sparse_vectors,
+        shard_number=qdrant.shard_number,
+        replication_factor=qdrant.replication_factor,
+        hnsw_config=_set_fields(qdrant.hnsw_config),
+        optimizers_config=_set_fields(qdrant.optimizers_config),
     )
+
+
+def collection_names(settings: Settings, qdrant: Qdrant) -> CollectionNames:
+    """Return the names of the models' own collections; none where one is named for everything."""
+    return CollectionNames(() if qdrant.collection else settings.models, qdrant.prefix)
+
+
+def _set_fields(section: Hnsw | Optimizers | None) -> dict[str, object]:
+    return {} if section is None else section.model_dump(exclude_none=True)
 
 
 async def find_conflicts(settings: Settings, open_connection: Connection) -> list[str]:
@@ -102,6 +129,7 @@ class IndexWrites:
     ) -> None:
         self._settings = settings
         self._qdrant = qdrant
+        self.names = collection_names(settings, qdrant)
         self.indexer = Indexer(
             folder,
             lambda: connection(qdrant),
@@ -109,6 +137,7 @@ class IndexWrites:
             on_open=self._look,
             size_limit=int(qdrant.outbox_gib * GIB),
             max_bytes=qdrant.batch_mib * MIB,
+            names=self.names,
             sleep=sleep,
         )
 
@@ -131,7 +160,7 @@ class IndexWrites:
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 against = await find_conflicts(self._settings, qdrant)
-        except (Unavailable, Denied, TimeoutError) as error:
+        except (Unavailable, Denied, UntrustedCertificate, TimeoutError) as error:
             log.warning("Qdrant at %s: %s; points wait on disk", qdrant, str(error) or "no answer")
             return
         if against:
@@ -157,7 +186,7 @@ class IndexWrites:
         if not options.is_enabled:
             return True
         keys, target = result.embedded.keys, self._target(options, result)
-        if not keys or target is None or options.ids is not None or options.payload is not None:
+        if not keys or target is None or options.names_content:
             return False
         return self.indexer.knows_all(target, [key.address for key in keys])
 
@@ -204,7 +233,7 @@ class IndexWrites:
         target: Target,
     ) -> Sequence[int]:
         """Return those of some places whose points are new, or not known to be indexed."""
-        if options.ids is not None or options.payload is not None:
+        if options.names_content:
             return places
         outcomes, knows = result.outcomes, self.indexer.knows
         return [
@@ -241,24 +270,35 @@ class IndexWrites:
                 content["text"] = item
             # What the request gives counts, but for what tells whose vector it is.
             given = options.payload[place] if options.payload is not None else {}
-            content = {**content, **given, **fixed}
-            mark = 0
-            if options.ids is not None or options.payload is not None:
-                mark = _mark(numbers, content)
+            if options.group_id is not None:
+                given = {**given, "group_id": options.group_id}
+            sparse = options.sparse_vectors[place] if options.sparse_vectors is not None else None
             points.append(
                 Point(
-                    id_bytes(options.ids[place])
-                    if options.ids is not None
-                    else keys[place].address,
+                    self._id(options, keys[place], place),
                     numbers,
-                    orjson.dumps({**common, **content}),
-                    mark,
-                    new=result.outcomes[place] is Outcome.MISS,
+                    orjson.dumps({**common, **content, **given, **fixed}),
+                    plain=not options.names_content,
+                    new=options.names_content or result.outcomes[place] is Outcome.MISS,
                     address=keys[place].address,
                     namespace=result.namespace,
+                    digest=keys[place].digest,
+                    vectors=orjson.dumps(sparse) if sparse else b"",
+                    is_update=options.is_update,
                 )
             )
         return points
+
+    @staticmethod
+    def _id(options: IndexOptions, key: Key, place: int) -> bytes:
+        """Return the id of a point: what the request says, or what follows from its input."""
+        if options.ids is not None:
+            return id_bytes(options.ids[place])
+        if options.group_id is None:
+            return key.address
+        # The same text of two groups is two points.
+        told = key.address + str(options.group_id).encode()
+        return hashlib.blake2b(told, digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +325,3 @@ def collection_of(model: str, space: Space, dimensions: int, qdrant: Qdrant) -> 
     # Collections are named by a digest of the values, so the names stay as they were.
     told = re.search("[~?](.*)", space.former_label)
     return name_of(model, dimensions, parameters=told[1] if told else "", prefix=qdrant.prefix)
-
-
-def _mark(numbers: bytes, content: Mapping[str, object]) -> int:
-    """Return what tells this content from another; never 0."""
-    told = checksum(numbers) + orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
-    return int.from_bytes(checksum(told), "big", signed=True) or 1

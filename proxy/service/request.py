@@ -6,9 +6,11 @@ The cache policy follows from `cache.mode` and the header `Cache-Control`. Sourc
 RFC 9111, 5.2 and 5.2.1. As it recommends, directives that are unknown or not well formed are
 ignored, and names are case-insensitive.
 
-The field `index` says which points are written to Qdrant, and under which ids::
+The field `index` says which points are written to Qdrant, under which ids, and with what beside::
 
     extra_body={"index": {"collection": "docs", "ids": [1, 2], "payload": [{"lang": "en"}, {}]}}
+    extra_body={"index": {"ids": [1], "update": True, "group_id": "acme",
+                          "sparse_vectors": [{"bm25": {"indices": [7], "values": [0.5]}}]}}
     extra_body={"index": False}
 """
 
@@ -35,7 +37,8 @@ from embedding_proxy.proxy.config.fields import Honor, Mode
 # all that follows.
 _ITEM = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+"?)++', re.DOTALL)
 _SECONDS = re.compile(r"[0-9]+")
-_KEYS = ("collection", "ids", "payload")
+_KEYS = ("collection", "ids", "payload", "sparse_vectors", "group_id", "update")
+_MAX_INDEX = (1 << 32) - 1
 _TAKEN = "only text and token ids are taken"
 
 Inputs: TypeAlias = str | Iterable[str | int | Iterable[int]]
@@ -156,6 +159,22 @@ class IndexOptions:
     """One an input; None = each id follows from its input."""
     payload: Sequence[Mapping[str, object]] | None = None
     """One an input, kept beside the vector."""
+    sparse_vectors: Sequence[Mapping[str, object]] | None = None
+    """One an input: `indices` and `values` by the names of the vectors."""
+    group_id: str | int | None = None
+    """The tenant that the points belong to."""
+    is_update: bool = False
+    """Whether points that are there keep what the request does not name."""
+
+    @property
+    def names_content(self) -> bool:
+        """Whether the content of a point, or its id, does not follow from its input alone."""
+        return (
+            self.ids is not None
+            or self.payload is not None
+            or self.sparse_vectors is not None
+            or self.group_id is not None
+        )
 
 
 NO_INDEX_OPTIONS = IndexOptions()
@@ -175,18 +194,23 @@ def parse_index_options(value: object, inputs: int) -> IndexOptions:
     if value is False:
         return IndexOptions(is_enabled=False)
     if not isinstance(value, Mapping):
-        raise _index_error("must be false, or an object with collection, ids or payload", "")
+        raise _index_error("must be false, or an object with collection, ids, payload …", "")
     fields = {name: given for name, given in value.items() if given is not None}
     for name in fields:
         if name not in _KEYS:
             raise _index_error(f"has an unknown key; known are {', '.join(_KEYS)}", f".{name}")
-    ids, payload = fields.get("ids"), fields.get("payload")
+    ids, payload, sparse = (fields.get(name) for name in ("ids", "payload", "sparse_vectors"))
     return IndexOptions(
         collection=_collection(fields.get("collection")),
         ids=None if ids is None else tuple(map(_id, _each(ids, "ids", inputs), range(inputs))),
         payload=None
         if payload is None
         else tuple(map(_object, _each(payload, "payload", inputs), range(inputs))),
+        sparse_vectors=None
+        if sparse is None
+        else tuple(map(_sparse, _each(sparse, "sparse_vectors", inputs), range(inputs))),
+        group_id=_group(fields.get("group_id")),
+        is_update=_flag(fields.get("update", False)),
     )
 
 
@@ -231,6 +255,40 @@ def _object(value: object, index: int) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise _index_error("must be an object", f".payload[{index}]")
     return value
+
+
+def _sparse(one: object, place: int) -> Mapping[str, object]:
+    where = f".sparse_vectors[{place}]"
+    if not isinstance(one, Mapping) or not all(isinstance(name, str) and name for name in one):
+        raise _index_error("must be an object with sparse vectors by their names", where)
+    for name, sparse in one.items():
+        found = sparse if isinstance(sparse, Mapping) else {}
+        indices, values = found.get("indices"), found.get("values")
+        if not (
+            set(found) == {"indices", "values"}
+            and isinstance(indices, list | tuple)
+            and isinstance(values, list | tuple)
+            and len(indices) == len(values) == len({*map(repr, indices)})
+            and all(type(index) is int and 0 <= index <= _MAX_INDEX for index in indices)
+            and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        ):
+            raise _index_error(
+                "must have indices, distinct unsigned integers of 32 bits, and as many values",
+                f"{where}.{name}",
+            )
+    return one
+
+
+def _group(value: object) -> str | int | None:
+    if value is None or (isinstance(value, str) and value) or type(value) is int:
+        return value
+    raise _index_error("must be a non-empty string or an integer", ".group_id")
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise _index_error("must be true or false", ".update")
 
 
 def _index_error(problem: str, where: str) -> InvalidRequest:

@@ -19,16 +19,21 @@ from embedding_proxy.index.collection import (
 from embedding_proxy.index.errors import (
     Denied,
     InUse,
+    LimitReached,
     Missing,
     OtherSpace,
+    Overloaded,
     Rejected,
     ServerFault,
+    TooLarge,
     Unavailable,
 )
 from embedding_proxy.providers.base import Space
 from qdrant_client import models
 from qdrant_server import REAL, QdrantServer, answer, overloaded
 
+SPLIT = "request larger than rate limiter capacity, please try to split your request"
+OVER = 'Limit exceeded 200 > 100 for "upsert limit". Help: Reduce the "upsert limit" parameter'
 SMALL = Provenance("openai/text-embedding-3-small", 4)
 OTHER = Provenance("openai/text-embedding-ada-002", 4)
 WIDER = Provenance("openai/text-embedding-3-small", 8)
@@ -50,8 +55,9 @@ async def qdrant(request, server, tmp_path):
 
 async def test_a_collection_is_made_once_and_says_whose_vectors_it_holds(qdrant):
     """The first call makes it with its provenance, the second finds it."""
-    assert await ensure(qdrant, "docs", SMALL)
-    assert not await ensure(qdrant, "docs", SMALL)
+    made, found = [await ensure(qdrant, "docs", SMALL) for _ in range(2)]
+    assert (made.is_new, found.is_new) == (True, False)
+    assert made.identity == found.identity != ""
     assert await look(qdrant, "docs") == (4, SMALL)
     assert await look(qdrant, "nothing") is None
 
@@ -62,7 +68,7 @@ async def test_a_collection_that_an_earlier_version_made_is_still_ours(qdrant):
     params = models.VectorParams(size=4, distance=models.Distance.COSINE)
     former = {"embedding_proxy": {"space": "m?task=%22q%22", "dimensions": 4, "version": 1}}
     await qdrant.ask(lambda client: client.create_collection("docs", params, metadata=former))
-    assert not await ensure(qdrant, "docs", Provenance(space.label, 4))
+    assert not (await ensure(qdrant, "docs", Provenance(space.label, 4))).is_new
     other = Space("m", 4).with_parameters({"task": "p"})
     with pytest.raises(OtherSpace, match="do not compare"):
         await ensure(qdrant, "docs", Provenance(other.label, 4))
@@ -82,7 +88,7 @@ async def test_somebody_elses_collection_is_taken_only_when_told_to(qdrant):
     await qdrant.ask(lambda client: client.create_collection("docs", params))
     with pytest.raises(OtherSpace, match="adopt_unlabeled: true"):
         await ensure(qdrant, "docs", SMALL)
-    assert not await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))
+    assert not (await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))).is_new
     with pytest.raises(OtherSpace, match="do not compare"):
         await ensure(qdrant, "docs", OTHER, CollectionOptions(adopt=True))
 
@@ -113,7 +119,7 @@ async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(se
         await ensure(qdrant, "docs", SMALL)
         with pytest.raises(OtherSpace, match="adopt"):
             await ensure(qdrant, "docs", SMALL)
-        assert not await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))
+        assert not (await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))).is_new
         (said,) = await conflicts(qdrant, {"m": SMALL.space}, CollectionOptions())
         assert why in said
         assert await conflicts(qdrant, {"m": SMALL.space}, CollectionOptions(adopt=True)) == []
@@ -152,13 +158,41 @@ async def test_a_gateway_and_a_folder_say_no_version(server, tmp_path):
 @pytest.mark.parametrize(
     ("act", "failure", "wait"),
     [
-        (overloaded(7), Unavailable, 7),
-        (overloaded(None), Unavailable, None),
+        (overloaded(7), Overloaded, 7),
+        (overloaded(None), Overloaded, None),
         (answer(503, "busy", **{"Retry-After": "2"}), Unavailable, 2),
         (answer(500, "panicked"), ServerFault, None),
         (answer(403, "forbidden"), Denied, None),
         (answer(404, "Not found: Collection `x` doesn't exist!"), Missing, None),
         (answer(422, "no such thing"), Rejected, None),
+        (answer(413, "too much"), TooLarge, None),
+        (answer(429, "Write rate limit exceeded, " + SPLIT), TooLarge, None),
+        (
+            answer(400, "Payload error: JSON payload (9 bytes) is larger than allowed (limit: 8"),
+            TooLarge,
+            None,
+        ),
+        (answer(400, f"Bad request: {OVER}"), TooLarge, None),
+        (answer(403, f"Forbidden: {OVER}"), TooLarge, None),
+        (answer(507, "full"), LimitReached, None),
+        (answer(403, "Forbidden: Max points count limit of 2 reached!"), LimitReached, None),
+        (
+            answer(400, "Bad request: Max vector storage size limit of 1MB reached!"),
+            LimitReached,
+            None,
+        ),
+        (
+            answer(
+                400, "Disk usage is at 76% of total capacity, exceeding the configured limit of"
+            ),
+            LimitReached,
+            None,
+        ),
+        (
+            answer(500, "Service internal error: No space left on device: WAL buffer"),
+            LimitReached,
+            None,
+        ),
     ],
 )
 async def test_each_failure_of_a_server_has_its_own_kind(server, act, failure, wait):
@@ -176,7 +210,8 @@ async def test_a_server_that_is_away_is_unavailable_until_it_is_back(server):
     async with Connection(url=server.url) as qdrant:
         await server.stop()
         place = re.escape(server.url.removeprefix("http://"))
-        with pytest.raises(Unavailable, match=f"^connection refused by {place}$"):
+        doing = "reading the configuration of docs"
+        with pytest.raises(Unavailable, match=f"^connection refused by {place} while {doing}$"):
             await look(qdrant, "docs")
         await server.start()
         assert await look(qdrant, "docs") is None

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import orjson
 import pytest
 from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair, SourceError
-from embedding_proxy.index.collection_reader import TextSource
+from embedding_proxy.proxy.importers.qdrant import TextSource
 from qdrant_client import QdrantClient
 from qdrant_client.models import (
     Datatype,
@@ -118,7 +118,7 @@ def _page(*ids, after=None) -> tuple[int, dict]:
 
 def test_points_come_as_pairs_again_and_again(collection, monkeypatch):
     """All points come, in pages, each time anew, and nothing stays open or locked between."""
-    monkeypatch.setattr("embedding_proxy.index.collection_reader.PAGE", 3)
+    monkeypatch.setattr("embedding_proxy.proxy.importers.qdrant.PAGE", 3)
     points = [PointStruct(id=n, vector=[n, 0.1], payload={"text": f"t{n}"}) for n in range(7)]
     location = collection(points)
     source = TextSource(location)
@@ -251,8 +251,14 @@ def test_a_server_is_read_in_pages_with_the_key(server, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, r"the key is not accepted: HTTP 401: no \(see QDRANT_API_KEY\)$"),
-        (403, r"the key is not accepted: HTTP 403: no \(see QDRANT_API_KEY\)$"),
+        (
+            401,
+            r"not accepted for reading .* of docs: HTTP 401: no \(QDRANT_API_KEY is not set\)$",
+        ),
+        (
+            403,
+            r"not accepted for reading .* of docs: HTTP 403: no \(QDRANT_API_KEY is not set\)$",
+        ),
         (404, "HTTP 404: no$"),
         (500, "HTTP 500: no$"),
     ],

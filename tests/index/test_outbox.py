@@ -2,11 +2,14 @@
 
 import os
 import sqlite3
+import time
 from contextlib import closing
 
 import pytest
+from embedding_proxy.cache.key import checksum
+from embedding_proxy.index import outbox as outbox_module
 from embedding_proxy.index import outbox_db
-from embedding_proxy.index.outbox import FILE_NAME, Outbox, OutboxFull, select_entries
+from embedding_proxy.index.outbox import FILE_NAME, JOURNAL, Outbox, OutboxFull, select_entries
 from embedding_proxy.index.outbox_db import OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 
@@ -15,8 +18,8 @@ OTHER = Target("other", "m", 2)
 GIB = 1 << 30
 
 
-def point(number, content=b"{}", *, mark=0, new=False) -> Point:
-    return Point(id_bytes(number), bytes(8), content, mark, new)
+def point(number, content=b"{}", *, plain=True, new=False) -> Point:
+    return Point(id_bytes(number), bytes(8), content, plain=plain, new=new)
 
 
 @pytest.fixture
@@ -29,15 +32,24 @@ def ids(outbox, target=DOCS):
     return [int.from_bytes(one.id) for one in outbox.batch(target, GIB, 1000)]
 
 
-def test_what_is_known_is_added_once_unless_it_is_new_or_another_content(outbox):
-    """Equal points are passed over, sent or not; a new one, or one of another mark, is not."""
+def test_what_is_known_is_added_once_unless_it_is_new_or_has_other_content(outbox):
+    """Equal points are passed over, sent or not; a new one, or one with a payload, is not."""
     assert outbox.add(DOCS, [point(1), point(2)]) == 2
     assert outbox.add(DOCS, [point(1), point(2), point(3)]) == 1
     outbox.ack(outbox.batch(DOCS, GIB, 1000))
     assert outbox.add(DOCS, [point(1)]) == 0
     assert outbox.add(OTHER, [point(1)]) == 1
-    assert outbox.add(DOCS, [point(1, new=True), point(2, mark=7)]) == 2
-    assert outbox.add(DOCS, [point(2, mark=7)]) == 0
+    for _ in range(2):
+        assert outbox.add(DOCS, [point(1, new=True), point(2, plain=False, new=True)]) == 2
+    # Under the id of 2 there is something else now.
+    assert outbox.add(DOCS, [point(1), point(2)]) == 1
+
+
+def test_what_is_known_for_long_is_written_again(outbox, monkeypatch):
+    """Nobody tells what others do in Qdrant; so nothing is known for ever."""
+    outbox.add(DOCS, [point(1)])
+    monkeypatch.setattr(outbox_module, "MAX_KNOWN_AGE_S", -1.0)
+    assert outbox.add(DOCS, [point(1)]) == 1
 
 
 def test_the_newest_of_an_id_wins_even_while_an_older_one_is_being_sent(outbox):
@@ -61,14 +73,14 @@ def test_a_batch_is_bounded_by_bytes_and_count_and_never_empty(outbox):
 def test_the_dead_step_aside_and_are_tried_again_after_a_start(outbox):
     """A refused point is counted with its reason; a start, or a newer point, brings it back."""
     outbox.add(DOCS, [point(1), point(2)])
-    outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1), "no such id")
+    outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1), "no such id", 0.0)
     assert ids(outbox) == [2]
     backlog = outbox.backlog()
     assert (backlog.points, backlog.dead) == (1, 1)
     assert backlog.reasons == (("docs", "no such id", 1),)
     assert outbox.requeue_dead_letters() == 1
     assert ids(outbox) == [2, 1]
-    outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1000), "no such id")
+    outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1000), "no such id", 0.0)
     outbox.add(DOCS, [point(1, b"new", new=True)])
     assert outbox.backlog().dead == 1
     outbox.requeue_dead_letters()
@@ -82,15 +94,56 @@ def test_points_that_step_back_lose_nothing(outbox):
     assert [one.payload for one in outbox.batch(DOCS, GIB, 1000)] == [b"two", b"one"]
 
 
+def test_dead_letters_are_due_after_growing_pauses(outbox):
+    """Each refusal doubles the pause, up to six hours; a newer point begins anew."""
+    outbox.add(DOCS, [point(1)])
+    now, pauses = 0.0, []
+    for _ in range(12):
+        outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1), "full", now)
+        pause = 0.0
+        while not outbox.requeue_dead_letters(now + pause):
+            pause += 30
+        pauses.append(pause)
+        now += pause
+    assert pauses == [60.0 * 2**n for n in range(9)] + [21_600.0] * 3
+    outbox.add(DOCS, [point(1, new=True)])
+    outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1), "full", now)
+    assert outbox.requeue_dead_letters(now + 60) == 1
+
+
 def test_a_new_collection_is_filled_again(outbox):
     """Once a collection is found to be new, what was sent is no longer known, what waits is."""
     outbox.add(DOCS, [point(1)])
     outbox.ack(outbox.batch(DOCS, GIB, 1000))
     outbox.add(DOCS, [point(2)])
     before = outbox.forgotten
-    outbox.forget("docs")
+    assert outbox.forget(DOCS) == 1
     assert outbox.forgotten == before + 1
     assert outbox.add(DOCS, [point(1), point(2)]) == 1
+
+
+def test_the_journal_makes_a_point_once_more(outbox):
+    """It has what was added last under an id, with its payload, but for what waits."""
+    outbox.add(DOCS, [point(1, b'{"text": "a"}'), point(2)])
+    outbox.ack(outbox.batch(DOCS, GIB, 1000))
+    outbox.add(DOCS, [point(2, new=True), point(1, b'{"text": "b"}', plain=False, new=True)])
+    outbox.ack(outbox.batch(DOCS, GIB, 1000)[1:])
+    assert outbox.journal_targets() == [DOCS]
+    (entry,) = outbox.journal(DOCS, b"", 10)
+    assert (entry.point, entry.payload) == (id_bytes(1), b'{"text": "b"}')
+    assert outbox.journal(DOCS, entry.point, 10) == []
+
+
+def test_the_journal_leaves_room_for_what_waits(tmp_path):
+    """The oldest entries go; then a point is written again by the next answer with it."""
+    noise = [os.urandom(100_000) for _ in range(12)]
+    with closing(Outbox(tmp_path, 1 << 20)) as outbox:
+        for n, payload in enumerate(noise):
+            outbox.add(DOCS, [point(n, payload)])
+            outbox.ack(outbox.batch(DOCS, GIB, 1000))
+            outbox.tidy()
+        assert outbox.size < 700_000
+        assert outbox.add(DOCS, [point(0)]) == 1
 
 
 def test_the_target_that_waits_longest_is_first(outbox):
@@ -131,7 +184,7 @@ def test_a_full_outbox_takes_nothing_and_a_drained_one_shrinks(tmp_path):
         with pytest.raises(OutboxFull):
             outbox.add(DOCS, [point(9)])
         outbox.ack(outbox.batch(DOCS, GIB, 1000))
-        assert outbox.bytes < 1 << 18
+        assert outbox.size < 1 << 18
         assert outbox.add(DOCS, [point(9)]) == 1
 
 
@@ -262,6 +315,36 @@ def test_an_error_of_the_moment_is_no_damage(tmp_path, outbox):
     with pytest.raises(sqlite3.OperationalError):
         outbox.guarded(locked)
     assert not [*tmp_path.glob("*damaged*")]
+
+
+def test_a_file_of_the_second_version_is_taken_over(tmp_path):
+    """What waits is sent, what was refused is tried, and what is known needs not be written."""
+    path = tmp_path / FILE_NAME
+    with closing(sqlite3.connect(path)) as sql:
+        sql.executescript(outbox_db._LAYOUT + outbox_db._SECOND + "PRAGMA user_version = 2;")
+        sql.execute("INSERT INTO target VALUES (1, 'docs', 'm', 2)")
+        sum_ = checksum(id_bytes(1) + bytes(8) + b"{}")
+        row = (id_bytes(1), 10, 0.0, b"{}", bytes(8), sum_, id_bytes(1), "")
+        sql.execute("INSERT INTO waiting VALUES (NULL, 1, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        row = (id_bytes(2), 10, 0.0, 0.0, "no", b"{}", bytes(8), None, id_bytes(2), "")
+        sql.execute("INSERT INTO dead VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        known = [(1, 0), (2, 0), (3, 0), (4, 99)]
+        sql.executemany(
+            "INSERT INTO known VALUES (1, ?, ?)", [(id_bytes(n), mark) for n, mark in known]
+        )
+        sql.commit()
+    with closing(Outbox(tmp_path, GIB)) as outbox:
+        assert outbox.requeue_dead_letters(time.time()) == 1
+        assert ids(outbox) == [1, 2]
+        # Of 4 another content was known.
+        assert outbox.add(DOCS, [point(3), point(4)]) == 1
+        outbox.ack(outbox.batch(DOCS, GIB, 10))
+        assert [one.payload for one in outbox.journal(DOCS, b"", 9)] == [b"{}", b"{}", None, b"{}"]
+        outbox.forget(DOCS)
+        assert outbox.add(DOCS, [point(3)]) == 1
+    with closing(OutboxFile(tmp_path)) as file:
+        (found,) = select_entries(file, address=id_bytes(1), tables=JOURNAL)
+        assert found.point == id_bytes(1)
 
 
 def test_a_file_of_the_first_version_is_taken_over(tmp_path):

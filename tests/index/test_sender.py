@@ -1,6 +1,7 @@
 """How long the sender waits, and what it does not wait for."""
 
 import asyncio
+import re
 import sqlite3
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -53,7 +54,7 @@ async def drained(indexer):
 
 
 def points(count):
-    return [Point(id_bytes(n), VECTOR, b"{}", 0, new=False) for n in range(count)]
+    return [Point(id_bytes(n), VECTOR, b"{}", plain=True, new=False) for n in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +67,16 @@ def points(count):
         (answer(403, "forbidden"), sender.MAX_PAUSE_S, sender.MAX_PAUSE_S),
     ],
 )
-async def test_the_wait_is_what_qdrant_asks_for_or_short(act, least, most, tmp_path):
+async def test_the_wait_is_what_qdrant_asks_for_or_short(act, least, most, tmp_path, caplog):
     """A wait that was asked for is kept, within bounds; without one the first is short."""
     async with QdrantServer() as server, sending(tmp_path, server.url) as (indexer, waits):
         server.script.append(act)
         await indexer.add(TARGET, points(1))
         await drained(indexer)
         assert len(waits) == 1
-        assert least <= waits[0] <= most
+        (told,) = re.findall("tried again in ([0-9.]+) s", caplog.text)
+        assert least <= float(told) <= most
+        assert waits[0] <= most
 
 
 async def test_the_waits_grow_and_shrink_again(tmp_path):
@@ -210,5 +213,5 @@ async def test_what_is_remembered_of_collections_is_bounded(tmp_path, monkeypatc
             await indexer.add(target, points(1))
             assert indexer.knows(target, points(1)[0].id)
             marked = TARGET._replace(collection=f"marked-{number}")
-            await indexer.add(marked, [replace(points(1)[0], mark=1)])
+            await indexer.add(marked, [replace(points(1)[0], plain=False)])
             assert len(indexer._remembered) <= 7

@@ -362,8 +362,8 @@ def waiting(mixed, tmp_path):
             own = numbers[address] % 2 == 1
             one = id_bytes(numbers[address]) if own else address
             target = Target("docs", space, WIDTH)
-            outbox.add(target, [Point(one, bytes(4), b"{}", 0, False, address, namespace)])  # noqa: FBT003
-        outbox.move_to_dead_letters(outbox.batch(target, GIB, 1), "refused")
+            outbox.add(target, [Point(one, bytes(4), b"{}", True, False, address, namespace)])  # noqa: FBT003
+        outbox.move_to_dead_letters(outbox.batch(target, GIB, 1), "refused", 0.0)
 
     def left():
         with closing(OutboxFile(tmp_path / "cache")) as file:
@@ -503,7 +503,7 @@ def test_a_space_that_only_waits_for_qdrant_can_be_purged(run, mixed, waiting, t
     """What has no entry any more may still have points in the outbox."""
     target = Target("docs", "gone/space", WIDTH)
     with closing(Outbox(tmp_path / "cache", GIB)) as outbox:
-        outbox.add(target, [Point(bytes(16), bytes(4), b"{}", 0, new=False)])
+        outbox.add(target, [Point(bytes(16), bytes(4), b"{}", plain=True, new=False)])
     assert run("purge", "--space", "gone/space", "--json").json["waiting"] == 1
 
 
@@ -591,7 +591,9 @@ def test_nothing_of_a_purged_point_is_left_on_disk(run, mixed, waiting, tmp_path
     """Neither its text nor that it was ever there; the file is overwritten."""
     target = Target("docs", "a/small", WIDTH)
     with closing(Outbox(tmp_path / "cache", GIB)) as outbox:
-        outbox.add(target, [Point(bytes(16), bytes(4), b'{"text": "a secret"}', 0, new=False)])
+        outbox.add(
+            target, [Point(bytes(16), bytes(4), b'{"text": "a secret"}', plain=True, new=False)]
+        )
         before = outbox.forgotten
     path = tmp_path / "cache" / FILE_NAME
     assert b"a secret" in path.read_bytes()

@@ -650,3 +650,92 @@ async def test_qdrant_is_looked_at(check, upstream):
         done = await check(**sections)
         assert done.code == 1
         assert "index.qdrant: connection refused by 127.0.0.1:" in done.out
+        assert "while listing collections" in done.out
+
+
+def _indexing(upstream, qdrant, **more):
+    return {
+        "providers": _at(upstream),
+        "models": {SMALL: {"routes": [{"provider": "openai", "model": SMALL}]}},
+        "index": {"qdrant": {"url": qdrant.url, **more}},
+    }
+
+
+async def _collections(qdrant):
+    async with Connection(url=qdrant.url) as connection:
+        found = await connection.ask(lambda client: client.get_collections())
+    return [one.name for one in found.collections]
+
+
+async def test_the_right_to_write_is_proved_and_nothing_is_left(check, upstream):
+    """A point is written to a collection that is made for it."""
+    async with QdrantServer() as qdrant:
+        done = await check(**_indexing(upstream, qdrant, prefix="my_", payload_indexes=["lang"]))
+        assert done.code == 0
+        assert await _collections(qdrant) == []
+        (written,) = [path for method, path, _ in qdrant.requests if path.endswith("/points")]
+        assert written.startswith("/collections/my_embedding-proxy-check-")
+
+
+@pytest.mark.parametrize(
+    ("rights", "made", "code", "says"),
+    [
+        ({"*": "r"}, [], 1, "the collections of the models cannot be made, and no collection"),
+        ({"*": "r"}, [f"{SMALL}-1536"], 1, f"points cannot be written to {SMALL}-1536: the key"),
+        ({"docs": "r"}, ["docs"], 1, "no collection there can be written to"),
+        ({"docs": "rw"}, ["docs"], 0, "the key makes no collections, it can write to docs alone"),
+        ({f"{SMALL}-1536": "rw"}, [f"{SMALL}-1536"], 0, f"it can write to {SMALL}-1536 alone"),
+    ],
+)
+async def test_what_a_key_may_not_do_is_named(  # noqa: PLR0917 - fixtures
+    rights, made, code, says, check, upstream
+):
+    """A key to read with is a problem; one for some collections works for these."""
+    async with QdrantServer() as qdrant:
+        async with Connection(url=qdrant.url) as connection:
+            for name in made:
+                await ensure(connection, name, Provenance(f"openai/{SMALL}", 1536))
+        qdrant.rights = rights
+        done = await check(**_indexing(upstream, qdrant))
+        assert (done.code, says in done.out) == (code, True), done.out
+        qdrant.rights = None
+        assert await _collections(qdrant) == made
+
+
+async def test_a_collection_for_everything_must_take_points(check, upstream):
+    """If the key makes no collections, it has to be there."""
+    async with QdrantServer() as qdrant:
+        async with Connection(url=qdrant.url) as connection:
+            await ensure(connection, "other", Provenance(f"openai/{SMALL}", 1536))
+        qdrant.rights = {"docs": "rw", "other": "rw"}
+        done = await check(**_indexing(upstream, qdrant, collection="docs"))
+        assert (done.code, "docs cannot be made" in done.out) == (1, True)
+        done = await check(**_indexing(upstream, qdrant, collection="other"))
+        assert (done.code, "it can write to other alone" in done.out) == (0, True)
+
+
+async def test_an_address_with_a_path_too_much_is_told(check, upstream):
+    """What was asked, and what is probably wrong; and the proxy does not start with it."""
+    async with QdrantServer() as qdrant:
+        sections = _indexing(upstream, qdrant)
+        sections["index"]["qdrant"]["url"] += "/qdrant"
+        done = await check(**sections)
+        assert done.code == 1
+        place = qdrant.url.removeprefix("http://")
+        assert f"index.qdrant: HTTP 404 from {place} for GET /qdrant/collections" in done.out
+        assert "or has a path too much" in done.out
+        sections["index"]["qdrant"]["url"] = f"{qdrant.url}/dashboard"
+        done = await check(**sections)
+        assert (done.code, "is the address of Qdrant's dashboard" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "two\r\nlines"])
+async def test_a_line_break_in_a_key_is_a_mistake_of_the_key(key, check, upstream, monkeypatch):
+    """It names the variable and shows no key; nothing is asked."""
+    monkeypatch.setenv("MY_KEY", key)
+    async with QdrantServer() as qdrant:
+        done = await check(**_indexing(upstream, qdrant, api_key_env="MY_KEY"))
+        assert done.code == 1
+        assert "index.qdrant: MY_KEY: its value is no key: it holds a line break" in done.out
+        assert "lines" not in done.out
+        assert qdrant.requests == []

@@ -65,6 +65,11 @@ ENDS = [
     ("cache import cut.emba", 1),
     ("cache import nowhere.emba", 1),
     ("cache import pairs.jsonl", 2),
+    ("index status", 2),
+    ("index status --config index.yaml", 0),
+    ("index retry --config index.yaml", 0),
+    ("index resync --config index.yaml", 0),
+    ("index resync nothing --config index.yaml", 1),
     ("migrate plan docs {qdrant}", 2),
     ("migrate plan docs {model} {qdrant}", 1),
     ("migrate run docs {model} {qdrant}", 1),
@@ -102,6 +107,9 @@ def folder(tmp_path, monkeypatch, command):
     for name in ("good", "empty", "damaged"):
         content = {"cache": {"directory": str(tmp_path / name)}, "providers": {"openrouter": None}}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+    content = {"cache": {"directory": str(tmp_path / "good")}}
+    index = {"index": {"qdrant": {"url": QDRANT[1]}}}
+    (tmp_path / "index.yaml").write_text(json.dumps(content | index))
     _put(tmp_path / "good")
     with closing(sqlite3.connect(_put(tmp_path / "damaged"), isolation_level=None)) as file:
         file.execute("UPDATE Cache SET value = x'00'")

@@ -13,16 +13,14 @@ from embedding_proxy.cache.key import keyring
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure, name_of
 from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.index.point import Target
 from embedding_proxy.providers.base import Space
+from embedding_proxy.proxy.config.index import Qdrant
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.schema import Qdrant
 from embedding_proxy.proxy.service.index_writes import collection_of
 from fault_server import vector_of
+from index_helpers import COLLECTION, SMALL, SPACE, arrived, ask, holds, section, until
 from qdrant_server import QdrantServer, answer, overloaded
-
-SMALL = "text-embedding-3-small"
-COLLECTION = f"{SMALL}-1536"
-SPACE = f"openai/{SMALL}"
 
 
 @pytest.fixture
@@ -31,49 +29,14 @@ async def qdrant():
         yield server
 
 
-async def _until(condition):
-    """Ask again and again, until what is awaited is the case."""
-    async with asyncio.timeout(20):
-        while not await condition():  # noqa: ASYNC110 - it happens on a disk and behind a socket
-            await asyncio.sleep(0.01)
-
-
-async def _arrived(proxy) -> dict:
-    """Wait until nothing is in the outbox; return the snapshot."""
-    indexer = proxy.service.indexing.indexer
-
-    async def empty():
-        return not (await indexer.snapshot())["backlog_points"]
-
-    await _until(empty)
-    return await indexer.snapshot()
-
-
-async def _holds(qdrant, count):
-    """Wait until the collection has so many points."""
-
-    async def full():
-        return len(await qdrant.points(COLLECTION)) == count
-
-    await _until(full)
-
-
-def _index(qdrant, **more):
-    return {"qdrant": {"url": qdrant.url, **more}}
-
-
-async def _ask(proxy, *texts, **fields):
-    return await proxy.post({"model": SMALL, "input": list(texts), **fields})
-
-
 async def test_what_is_answered_is_indexed_under_ids_that_follow_from_it(
     start_proxy, upstream, qdrant
 ):
     """Each input becomes one point, with its vector and its payload; asked again, it stays one."""
-    proxy = await start_proxy(upstream, index=_index(qdrant, payload_indexes=["model"]))
+    proxy = await start_proxy(upstream, index=section(qdrant, payload_indexes=["model"]))
     for _ in range(2):
-        assert (await _ask(proxy, "a", "b", "a")).status == 200
-    told = await _arrived(proxy)
+        assert (await ask(proxy, "a", "b", "a")).status == 200
+    told = await arrived(proxy)
     points = await qdrant.points(COLLECTION)
     space = proxy.service.models[SMALL].space
     expected = {str(uuid.UUID(bytes=keyring(space).key(text).address)): text for text in "ab"}
@@ -93,32 +56,32 @@ async def test_what_is_answered_is_indexed_under_ids_that_follow_from_it(
 
 async def test_a_full_hit_of_known_points_writes_nothing_at_all(start_proxy, upstream, qdrant):
     """Neither the outbox nor Qdrant is touched by what is indexed, also after a restart."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a", "b")
-    await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a", "b")
+    await arrived(proxy)
     await start_proxy.stop()
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     requests = qdrant.upserts
     for _ in range(2):
-        assert (await _ask(proxy, "b", "a")).headers["x-cache"] == "hit"
-    assert (await _arrived(proxy))["since_start"]["added"] == 0
+        assert (await ask(proxy, "b", "a")).headers["x-cache"] == "hit"
+    assert (await arrived(proxy))["since_start"]["added"] == 0
     assert qdrant.upserts == requests
 
 
 async def test_what_was_cached_before_is_indexed_by_its_next_hit(start_proxy, upstream, qdrant):
     """Indexing that is switched on later takes in what is asked for from then on, unpaid."""
-    await _ask(await start_proxy(upstream), "a")
+    await ask(await start_proxy(upstream), "a")
     await start_proxy.stop()
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
-    await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    assert (await ask(proxy, "a")).headers["x-cache"] == "hit"
+    await arrived(proxy)
     assert len(await qdrant.points(COLLECTION)) == 1
     assert upstream.inputs == ["a"]
 
 
 async def test_a_request_says_where_under_which_ids_and_with_what(start_proxy, upstream, qdrant):
     """Collection, ids of both kinds and payloads are the request's; nobody upstream sees them."""
-    proxy = await start_proxy(upstream, index=_index(qdrant, store_text=False))
+    proxy = await start_proxy(upstream, index=section(qdrant, store_text=False))
     identity = str(uuid.uuid4())
     for lang in ("en", "de", "de"):
         wish = {
@@ -126,8 +89,8 @@ async def test_a_request_says_where_under_which_ids_and_with_what(start_proxy, u
             "ids": [7, identity],
             "payload": [{"lang": lang, "model": "mine"}, {}],
         }
-        assert (await _ask(proxy, "a", "b", index=wish, dimensions=256)).status == 200
-    told = await _arrived(proxy)
+        assert (await ask(proxy, "a", "b", index=wish, dimensions=256)).status == 200
+    told = await arrived(proxy)
     points = await qdrant.points("docs")
     assert set(points) == {7, identity}
     assert points[7]["payload"]["lang"] == "de"
@@ -135,8 +98,7 @@ async def test_a_request_says_where_under_which_ids_and_with_what(start_proxy, u
     assert "text" not in points[7]["payload"]
     cut = vector_of(SMALL, "a")[:256]
     assert np.allclose(points[7]["vector"], cut / np.linalg.norm(cut), atol=1e-6)
-    # Both were new, then one changed, then nothing did.
-    assert told["since_start"]["added"] == 3
+    assert told["since_start"]["added"] == 6
     assert all(
         set(call.payload) <= {"model", "input", "encoding_format"} for call in upstream.calls
     )
@@ -149,10 +111,10 @@ async def test_nothing_is_indexed_of_a_request_that_wants_no_trace(
     fields, headers, start_proxy, upstream, qdrant
 ):
     """`index: false` and `no-store` leave nothing in Qdrant or on the way there."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     body = {"model": SMALL, "input": "a", **fields}
     assert (await proxy.post(body, **headers)).status == 200
-    assert (await _arrived(proxy))["since_start"]["added"] == 0
+    assert (await arrived(proxy))["since_start"]["added"] == 0
 
 
 @pytest.mark.parametrize(
@@ -175,8 +137,8 @@ async def test_a_malformed_wish_is_refused_before_anything_is_bought(
     index, problem, start_proxy, upstream, qdrant
 ):
     """What Qdrant would refuse later gets OpenAI's 400 at once."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    response = await _ask(proxy, "a", "b", index=index)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    response = await ask(proxy, "a", "b", index=index)
     error = (await response.json())["error"]
     assert (response.status, error["param"]) == (400, "index")
     assert problem in error["message"]
@@ -186,18 +148,18 @@ async def test_a_malformed_wish_is_refused_before_anything_is_bought(
 async def test_a_wish_without_a_qdrant_is_told_what_to_configure(start_proxy, upstream):
     """Without index.qdrant the field is a 400, but for `false`, which asks for what is the case."""
     proxy = await start_proxy(upstream)
-    response = await _ask(proxy, "a", index={"ids": [1]})
+    response = await ask(proxy, "a", index={"ids": [1]})
     assert response.status == 400
     assert "index.qdrant.url" in (await response.json())["error"]["message"]
-    assert (await _ask(proxy, "a", index=False)).status == 200
+    assert (await ask(proxy, "a", index=False)).status == 200
 
 
 async def test_an_outage_delays_points_and_nothing_else(start_proxy, upstream, qdrant):
     """Requests go on while Qdrant is away, the backlog is told, and all arrives when it is back."""
     await qdrant.stop()
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     for n in range(5):
-        assert (await _ask(proxy, f"text {n}")).status == 200
+        assert (await ask(proxy, f"text {n}")).status == 200
     status = await (await proxy.http.get(proxy.url.replace("/v1", "/status"))).json()
     assert status["index"]["backlog_points"] == 5
     assert status["index"]["backlog_bytes"] > 5 * 1536 * 4
@@ -205,7 +167,7 @@ async def test_an_outage_delays_points_and_nothing_else(start_proxy, upstream, q
     assert "embedding_proxy_index_backlog_points 5.0" in metrics
     assert "embedding_proxy_index_backlog_age_seconds " in metrics
     await qdrant.start()
-    told = await _arrived(proxy)
+    told = await arrived(proxy)
     assert told["since_start"]["failures"] > 0
     assert told["last_failure"] is None
     assert len(await qdrant.points(COLLECTION)) == 5
@@ -214,19 +176,19 @@ async def test_an_outage_delays_points_and_nothing_else(start_proxy, upstream, q
 async def test_a_restart_sends_what_waited(start_proxy, upstream, qdrant):
     """What was acknowledged while Qdrant was away is sent by the next proxy."""
     await qdrant.stop()
-    await _ask(await start_proxy(upstream, index=_index(qdrant)), "a", "b")
+    await ask(await start_proxy(upstream, index=section(qdrant)), "a", "b")
     await start_proxy.stop()
     await qdrant.start()
-    await _arrived(await start_proxy(upstream, index=_index(qdrant)))
+    await arrived(await start_proxy(upstream, index=section(qdrant)))
     assert len(await qdrant.points(COLLECTION)) == 2
 
 
 async def test_passing_faults_of_qdrant_cost_a_repetition(start_proxy, upstream, qdrant):
     """429, 503 and 500 are waited out."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     qdrant.script += [overloaded(1), answer(503, "busy"), answer(500, "x"), overloaded(None)]
-    await _ask(proxy, *"abcde")
-    told = await _arrived(proxy)
+    await ask(proxy, *"abcde")
+    told = await arrived(proxy)
     assert told["since_start"]["failures"] == 4
     assert len(await qdrant.points(COLLECTION)) == 5
 
@@ -239,9 +201,9 @@ async def test_poison_is_put_aside_and_blocks_nobody(start_proxy, upstream, qdra
         return await answer(400, "this one not")(request) if b"poison" in body else None
 
     qdrant.always = poisoned
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a", "b", "poison", "c", "d")
-    told = await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a", "b", "poison", "c", "d")
+    told = await arrived(proxy)
     assert {p["payload"]["text"] for p in (await qdrant.points(COLLECTION)).values()} == set("abcd")
     assert told["refused_points"] == 1
     assert told["refused"][0]["collection"] == COLLECTION
@@ -256,22 +218,22 @@ async def test_what_makes_the_server_fail_steps_back_and_is_not_lost(start_proxy
         return await answer(500, "panicked")(request) if b"poison" in body else None
 
     qdrant.always = poisoned
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a", "b", "poison", "c", "d")
-    await _holds(qdrant, 4)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a", "b", "poison", "c", "d")
+    await holds(qdrant, 4)
     qdrant.always = None
-    await _arrived(proxy)
+    await arrived(proxy)
     assert len(await qdrant.points(COLLECTION)) == 5
 
 
 async def test_the_newest_of_an_id_arrives_last(start_proxy, upstream, qdrant):
     """Writes to one id arrive in the order of their requests, though they meet an outage."""
     await qdrant.stop()
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     for text in ("first", "second", "third", "first"):
-        await _ask(proxy, text, index={"ids": [1]})
+        await ask(proxy, text, index={"ids": [1]})
     await qdrant.start()
-    await _arrived(proxy)
+    await arrived(proxy)
     assert (await qdrant.points(COLLECTION))[1]["payload"]["text"] == "first"
 
 
@@ -289,15 +251,15 @@ async def test_a_start_is_refused_where_a_collection_is_another_spaces(
         wanted = Provenance("somebody/elses", 1536)
         await ensure(connection, named or COLLECTION, wanted)
     with pytest.raises(ConfigError, match=f"index.qdrant: .*{named or COLLECTION}.*somebody/elses"):
-        await start_proxy(upstream, index=_index(qdrant, collection=named))
+        await start_proxy(upstream, index=section(qdrant, collection=named))
 
 
 async def test_a_write_to_another_spaces_collection_is_refused(start_proxy, upstream, qdrant):
     """The request is answered, the point is put aside with the reason, the collection as it was."""
     await _foreign(qdrant, "docs")
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    assert (await _ask(proxy, "a", index={"collection": "docs"})).status == 200
-    told = await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    assert (await ask(proxy, "a", index={"collection": "docs"})).status == 200
+    told = await arrived(proxy)
     assert "do not compare" in told["refused"][0]["reason"]
     assert not await qdrant.points("docs")
 
@@ -306,9 +268,9 @@ async def test_an_alias_that_turns_to_another_space_is_noticed(start_proxy, upst
     """Before each write the collection is looked at, also when it was right a moment ago."""
     from qdrant_client import models  # noqa: PLC0415
 
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a", index={"collection": "own"})
-    await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a", index={"collection": "own"})
+    await arrived(proxy)
     await _foreign(qdrant, "foreign")
 
     async def turn(name):
@@ -318,11 +280,11 @@ async def test_an_alias_that_turns_to_another_space_is_noticed(start_proxy, upst
             await connection.ask(lambda client: client.update_collection_aliases([action]))
 
     await turn("own")
-    await _ask(proxy, "b", index={"collection": "docs"})
-    assert not (await _arrived(proxy))["refused_points"]
+    await ask(proxy, "b", index={"collection": "docs"})
+    assert not (await arrived(proxy))["refused_points"]
     await turn("foreign")
-    await _ask(proxy, "c", index={"collection": "docs"})
-    assert (await _arrived(proxy))["refused_points"] == 1
+    await ask(proxy, "c", index={"collection": "docs"})
+    assert (await arrived(proxy))["refused_points"] == 1
     assert len(await qdrant.points("own")) == 2
 
 
@@ -342,11 +304,11 @@ async def test_a_stand_ins_vectors_go_to_their_own_spaces_collection(
             "routes": [{"provider": "openrouter", "model": "other/model"}],
         },
     }
-    proxy = await start_proxy(upstream, second, models=models, index=_index(qdrant))
-    response = await _ask(proxy, "a")
+    proxy = await start_proxy(upstream, second, models=models, index=section(qdrant))
+    response = await ask(proxy, "a")
     assert response.headers["x-embedding-fallback"] == "true"
-    await _ask(proxy, "b", index={"collection": "docs"})
-    await _arrived(proxy)
+    await ask(proxy, "b", index={"collection": "docs"})
+    await arrived(proxy)
     (found,) = (await qdrant.points("stand-in-1536")).values()
     assert found["payload"]["space"] == "other/model"
     async with Connection(url=qdrant.url) as connection:
@@ -356,10 +318,10 @@ async def test_a_stand_ins_vectors_go_to_their_own_spaces_collection(
 
 async def test_spaces_with_parameters_have_collections_of_their_own(start_proxy, upstream, qdrant):
     """A parameter that changes the numbers changes the collection, too."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a")
-    await _ask(proxy, "a", task="search")
-    told = await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a")
+    await ask(proxy, "a", task="search")
+    told = await arrived(proxy)
     assert told["refused_points"] == 0
     async with Connection(url=qdrant.url) as connection:
         found = await connection.ask(lambda client: client.get_collections())
@@ -370,19 +332,19 @@ async def test_a_collection_that_was_deleted_is_made_and_filled_again(
     start_proxy, upstream, qdrant
 ):
     """Whoever deletes a collection gets it back by and by, from hits."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a")
-    await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a")
+    await arrived(proxy)
     async with Connection(url=qdrant.url) as connection:
         await connection.ask(lambda client: client.delete_collection(COLLECTION))
-    await _ask(proxy, "b")
-    await _arrived(proxy)
+    await ask(proxy, "b")
+    await arrived(proxy)
 
     async def filled():
-        await _ask(proxy, "a")
+        await ask(proxy, "a")
         return len(await qdrant.points(COLLECTION)) == 2
 
-    await _until(filled)
+    await until(filled)
 
 
 async def test_one_of_two_proxies_sends_and_the_other_takes_over(
@@ -392,14 +354,14 @@ async def test_one_of_two_proxies_sends_and_the_other_takes_over(
     from conftest import StartProxy  # noqa: PLC0415
 
     other = StartProxy(tmp_path / "cache", monkeypatch)
-    first = await other(upstream, index=_index(qdrant))
-    second = await start_proxy(upstream, index=_index(qdrant))
+    first = await other(upstream, index=section(qdrant))
+    second = await start_proxy(upstream, index=section(qdrant))
     assert [one.service.indexing.indexer.sending for one in (first, second)] == [True, False]
-    await _ask(second, "a")
-    await _arrived(second)
+    await ask(second, "a")
+    await arrived(second)
     await other.stop()
-    await _ask(second, "b")
-    await _arrived(second)
+    await ask(second, "b")
+    await arrived(second)
     assert second.service.indexing.indexer.sending
     assert len(await qdrant.points(COLLECTION)) == 2
 
@@ -408,8 +370,8 @@ async def test_a_folder_serves_as_well_as_a_server(start_proxy, upstream, tmp_pa
     """The embedded mode takes the same points, in a thread of its own."""
     section = {"qdrant": {"path": str(tmp_path / "qdrant")}}
     proxy = await start_proxy(upstream, index=section)
-    await _ask(proxy, "a", "b", index={"ids": [1, 2]})
-    await _arrived(proxy)
+    await ask(proxy, "a", "b", index={"ids": [1, 2]})
+    await arrived(proxy)
     await start_proxy.stop()
     async with Connection(path=tmp_path / "qdrant") as connection:
         found = await connection.ask(lambda client: client.retrieve(COLLECTION, [1, 2]))
@@ -419,24 +381,24 @@ async def test_a_folder_serves_as_well_as_a_server(start_proxy, upstream, tmp_pa
 async def test_a_full_disk_costs_no_request(start_proxy, upstream, qdrant):
     """What the outbox cannot take is answered all the same, counted, and taken the next time."""
     await qdrant.stop()
-    proxy = await start_proxy(upstream, index=_index(qdrant, outbox_gib=1e-9))
-    assert (await _ask(proxy, "a")).status == 200
+    proxy = await start_proxy(upstream, index=section(qdrant, outbox_gib=1e-9))
+    assert (await ask(proxy, "a")).status == 200
     told = await proxy.service.indexing.indexer.snapshot()
     assert told["since_start"]["dropped"] == 1
     await start_proxy.stop()
     await qdrant.start()
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
-    await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    assert (await ask(proxy, "a")).headers["x-cache"] == "hit"
+    await arrived(proxy)
     assert len(await qdrant.points(COLLECTION)) == 1
 
 
 async def test_python_code_says_the_same(start_proxy, upstream, qdrant):
     """`EmbeddingService.embed` takes what the field of a request would say."""
-    proxy = await start_proxy(upstream, index=_index(qdrant, prefix="my_"))
+    proxy = await start_proxy(upstream, index=section(qdrant, prefix="my_"))
     await proxy.service.embed(["a"], SMALL, index={"ids": [uuid.UUID(int=5)]})
     await proxy.service.embed(["b"], SMALL, index=False)
-    await _arrived(proxy)
+    await arrived(proxy)
     assert set(await qdrant.points(f"my_{COLLECTION}")) == {str(uuid.UUID(int=5))}
 
 
@@ -446,30 +408,30 @@ async def test_without_the_package_the_start_says_which_command_installs_it(
     """Qdrant is an extra; who has configured it without is told what to do."""
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'qdrant-client>=1.16'")):
-        await start_proxy(upstream, index=_index(qdrant))
+        await start_proxy(upstream, index=section(qdrant))
 
 
 async def test_a_key_that_is_not_set_is_no_start(start_proxy, upstream, qdrant):
     """The variable is named before anything is served."""
     with pytest.raises(ConfigError, match="NO_SUCH_KEY"):
-        await start_proxy(upstream, index=_index(qdrant, api_key_env="NO_SUCH_KEY"))
+        await start_proxy(upstream, index=section(qdrant, api_key_env="NO_SUCH_KEY"))
 
 
 async def test_a_key_that_is_refused_keeps_the_points(start_proxy, upstream, qdrant, monkeypatch):
     """Requests are served, nothing is put aside, and the status says what is wrong, without key."""
     monkeypatch.setenv("MY_KEY", "wrong-key")
     qdrant.api_key = "right-key"
-    proxy = await start_proxy(upstream, index=_index(qdrant, api_key_env="MY_KEY"))
-    assert (await _ask(proxy, "a")).status == 200
+    proxy = await start_proxy(upstream, index=section(qdrant, api_key_env="MY_KEY"))
+    assert (await ask(proxy, "a")).status == 200
 
     async def told():
         return (await proxy.service.indexing.indexer.snapshot())["last_failure"]
 
-    await _until(told)
+    await until(told)
     assert "key is not accepted" in await told()
     assert "wrong-key" not in await told()
     qdrant.api_key = "wrong-key"
-    assert (await _arrived(proxy))["refused_points"] == 0
+    assert (await arrived(proxy))["refused_points"] == 0
     assert len(await qdrant.points(COLLECTION)) == 1
 
 
@@ -479,18 +441,18 @@ async def test_an_outbox_that_cannot_be_made_is_told_in_one_line(
     """A folder in the file's place is a ConfigError, and no traceback."""
     (tmp_path / "cache" / "index-outbox.db").mkdir(parents=True)
     with pytest.raises(ConfigError, match="the outbox cannot be used"):
-        await start_proxy(upstream, index=_index(qdrant))
+        await start_proxy(upstream, index=section(qdrant))
 
 
 async def test_an_outbox_that_fails_costs_no_request(start_proxy, upstream, qdrant, monkeypatch):
     """Whatever the disk does, the answer leaves; what was not kept is tried with the next one."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     broken = Mock(side_effect=sqlite3.OperationalError("disk I/O error"))
     with monkeypatch.context() as patch:
         patch.setattr(Outbox, "add", broken)
-        assert (await _ask(proxy, "a")).status == 200
-    assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
-    told = await _arrived(proxy)
+        assert (await ask(proxy, "a")).status == 200
+    assert (await ask(proxy, "a")).headers["x-cache"] == "hit"
+    told = await arrived(proxy)
     assert (told["since_start"]["dropped"], told["since_start"]["added"]) == (1, 1)
 
 
@@ -498,9 +460,9 @@ async def test_an_outbox_that_is_damaged_meanwhile_costs_no_request(
     start_proxy, upstream, qdrant, tmp_path
 ):
     """It is set aside and counted; what had waited in it comes with its next answer."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     qdrant.always = answer(503, "away")
-    assert (await _ask(proxy, "a", "b")).status == 200
+    assert (await ask(proxy, "a", "b")).status == 200
     folder = tmp_path / "cache"
     for path in folder.glob("index-outbox.db*"):
         with path.open("r+b") as file:
@@ -508,26 +470,26 @@ async def test_an_outbox_that_is_damaged_meanwhile_costs_no_request(
     indexer = proxy.service.indexing.indexer
 
     async def noticed():
-        assert (await _ask(proxy, "a", "c")).status == 200
+        assert (await ask(proxy, "a", "c")).status == 200
         return (await indexer.snapshot())["since_start"]["damaged"] == 1
 
-    await _until(noticed)
+    await until(noticed)
     assert len(list(folder.glob("index-outbox.db.damaged-*"))) == 1
     qdrant.always = None
-    assert (await _ask(proxy, "a", "b", "c")).headers["x-cache"] == "hit"
-    await _holds(qdrant, 3)
+    assert (await ask(proxy, "a", "b", "c")).headers["x-cache"] == "hit"
+    await holds(qdrant, 3)
     async with proxy.http.get(proxy.url.removesuffix("/v1") + "/metrics") as response:
         assert "embedding_proxy_index_outbox_corruptions_total " in await response.text()
-    told = await _arrived(proxy)
+    told = await arrived(proxy)
     assert (told["since_start"]["dropped"], told["since_start"]["damaged"]) == (0, 1)
 
 
 async def test_requests_at_once_are_each_indexed(start_proxy, upstream, qdrant):
     """Leaders and joiners of one purchase, and all the others, end as one point an input."""
-    proxy = await start_proxy(upstream, index=_index(qdrant, batch_mib=0.2))
-    asked = [_ask(proxy, f"text {n % 20}", "common") for n in range(60)]
+    proxy = await start_proxy(upstream, index=section(qdrant, batch_mib=0.2))
+    asked = [ask(proxy, f"text {n % 20}", "common") for n in range(60)]
     assert {one.status for one in await asyncio.gather(*asked)} == {200}
-    await _arrived(proxy)
+    await arrived(proxy)
     assert len(await qdrant.points(COLLECTION)) == 21
     assert set(qdrant.waits) == {"true"}
     assert all(size < 0.2 * (1 << 20) for _, path, size in qdrant.requests if "points" in path)
@@ -535,9 +497,9 @@ async def test_requests_at_once_are_each_indexed(start_proxy, upstream, qdrant):
 
 async def test_a_refreshed_vector_replaces_the_old_one(start_proxy, upstream, qdrant):
     """What is bought anew goes to Qdrant again, under the same id."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a")
-    await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a")
+    await arrived(proxy)
     changed = [1.0] + [0.0] * 1535
 
     def change(reply):
@@ -546,7 +508,7 @@ async def test_a_refreshed_vector_replaces_the_old_one(start_proxy, upstream, qd
     upstream.always = upstream.altered(change)
     response = await proxy.post({"model": SMALL, "input": "a"}, **{"Cache-Control": "no-cache"})
     assert response.status == 200
-    await _arrived(proxy)
+    await arrived(proxy)
     ((point),) = (await qdrant.points(COLLECTION)).values()
     assert point["vector"] == changed
 
@@ -556,12 +518,12 @@ async def test_token_arrays_that_stand_for_a_text_are_indexed_as_that_text(
 ):
     """A text and its ids are one input, so one point; tenants have points of their own."""
     keys = [{"key": "k1", "namespace": "one"}, {"key": "k2", "namespace": "two"}]
-    proxy = await start_proxy(upstream, index=_index(qdrant), server={"keys": keys})
+    proxy = await start_proxy(upstream, index=section(qdrant), server={"keys": keys})
     for key in ("k1", "k2"):
         for item in ("hello", [15339]):
             body = {"model": SMALL, "input": item}
             assert (await proxy.post(body, Authorization=f"Bearer {key}")).status == 200
-    await _arrived(proxy)
+    await arrived(proxy)
     payloads = [point["payload"] for point in (await qdrant.points(COLLECTION)).values()]
     assert sorted((one["namespace"], one["text"]) for one in payloads) == [
         ("one", "hello"),
@@ -574,23 +536,23 @@ async def test_a_model_that_learns_its_width_is_indexed_from_its_first_answer(
 ):
     """The answer that tells a model's width goes to the collection of that width."""
     upstream.widths["unheard-of"] = 12
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     response = await proxy.post({"model": "unheard-of", "input": ["a", "b"]})
     assert response.status == 200
-    await _arrived(proxy)
+    await arrived(proxy)
     assert len(await qdrant.points("unheard-of-12")) == 2
 
 
 async def test_what_was_put_aside_is_tried_again_by_the_next_start(start_proxy, upstream, qdrant):
     """Whoever starts the proxy may have removed what stood against a point."""
     await _foreign(qdrant, "docs")
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a", index={"collection": "docs"})
-    assert (await _arrived(proxy))["refused_points"] == 1
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a", index={"collection": "docs"})
+    assert (await arrived(proxy))["refused_points"] == 1
     await start_proxy.stop()
     async with Connection(url=qdrant.url) as connection:
         await connection.ask(lambda client: client.delete_collection("docs"))
-    told = await _arrived(await start_proxy(upstream, index=_index(qdrant)))
+    told = await arrived(await start_proxy(upstream, index=section(qdrant)))
     assert told["refused_points"] == 0
     assert len(await qdrant.points("docs")) == 1
 
@@ -609,11 +571,11 @@ async def test_hits_whose_points_are_known_are_given_again(
     start_proxy, upstream, qdrant, *, repeated, at_once
 ):
     """The same body, and others under the same head; nothing is written for them."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     for user in ("u", "u", "u", "v", "v"):
-        assert (await _ask(proxy, "a", user=user)).status == 200
+        assert (await ask(proxy, "a", user=user)).status == 200
     assert (len(repeated), len(at_once)) == (2, 2)
-    told = await _arrived(proxy)
+    told = await arrived(proxy)
     assert told["since_start"]["added"] == 1
     assert len(await qdrant.points(COLLECTION)) == 1
 
@@ -622,23 +584,24 @@ async def test_points_that_are_no_longer_known_are_written_again(
     start_proxy, upstream, qdrant, repeated
 ):
     """As soon as the indexer forgets them, the kept response does not hold."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     for _ in range(3):
-        await _ask(proxy, "a")
-    await _arrived(proxy)
+        await ask(proxy, "a")
+    await arrived(proxy)
     assert repeated
     async with Connection(url=qdrant.url) as connection:
         await connection.ask(lambda client: client.delete_collection(COLLECTION))
     indexer = proxy.service.indexing.indexer
-    await indexer._on_disk(lambda outbox: outbox.forget(COLLECTION))
+    target = Target(COLLECTION, SPACE, 1536)
+    await indexer._on_disk(lambda outbox: outbox.forget(target))
     indexer._forget()
     repeated.clear()
     hits = proxy.service.counters.memory_hits
-    assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
+    assert (await ask(proxy, "a")).headers["x-cache"] == "hit"
     assert proxy.service.counters.memory_hits == hits + 1
     assert not repeated
-    await _holds(qdrant, 1)
-    await _ask(proxy, "a")
+    await holds(qdrant, 1)
+    await ask(proxy, "a")
     assert repeated
 
 
@@ -649,16 +612,16 @@ async def test_a_request_that_names_ids_or_payload_is_always_written(
     wish, start_proxy, upstream, qdrant, *, repeated, at_once
 ):
     """What came in between under the same id may be another's."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
-    await _ask(proxy, "a")
-    await _arrived(proxy)
+    proxy = await start_proxy(upstream, index=section(qdrant))
+    await ask(proxy, "a")
+    await arrived(proxy)
     for _ in range(3):
-        assert (await _ask(proxy, "a", index=wish)).headers["x-cache"] == "hit"
+        assert (await ask(proxy, "a", index=wish)).headers["x-cache"] == "hit"
     assert not repeated
     assert not at_once
     for other in (wish, {"ids": [7], "payload": [{"lang": "de"}]}, wish):
-        await _ask(proxy, "b", index=other)
-    await _arrived(proxy)
+        await ask(proxy, "b", index=other)
+    await arrived(proxy)
     points = await qdrant.points(COLLECTION)
     if "ids" in wish:
         assert points[7]["payload"]["text"] == "b"
@@ -668,11 +631,11 @@ async def test_a_request_that_names_ids_or_payload_is_always_written(
 
 async def test_another_collection_has_its_own_points(start_proxy, upstream, qdrant, repeated):
     """That a point is known in one says nothing of another; and what is not indexed needs none."""
-    proxy = await start_proxy(upstream, index=_index(qdrant))
+    proxy = await start_proxy(upstream, index=section(qdrant))
     wishes = [{"collection": "one"}, {"collection": "two"}, False]
     for wish in wishes:
         for _ in range(3):
-            assert (await _ask(proxy, "a", index=wish)).status == 200
+            assert (await ask(proxy, "a", index=wish)).status == 200
     assert len(repeated) == 1 + 2 + 2
-    await _arrived(proxy)
+    await arrived(proxy)
     assert [len(await qdrant.points(name)) for name in ("one", "two")] == [1, 1]

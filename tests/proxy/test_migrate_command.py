@@ -19,7 +19,7 @@ from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from example_package import install
 from fault_server import status, vector_of
-from old_system import LARGE, MISTRAL, OldSystem
+from old_system import LARGE, MISTRAL, OldSystem, payload_of
 from qdrant_client import models
 
 CONTEXT = "hephaestus_project_context"
@@ -281,6 +281,7 @@ async def test_what_people_read(migrate, system):
         f"{CONTEXT}: reuse (both are openai/{LARGE}, 16 numbers wide)",
         f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
         "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
+        f"  text from {{content}}; fields: {', '.join(sorted(payload_of(CONTEXT, 1)))}",
         "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
         "  to buy: 5 texts, 40 tokens, $0.0000052",
         "  about 1 s, an estimate: 1 s to buy (calls: 1), 0 s for Qdrant by what reading took now",
@@ -289,7 +290,8 @@ async def test_what_people_read(migrate, system):
     assert f"{CONTEXT}: copied; next: cutover" in done.out
     assert "5 points seen: 0 copied, 5 embedded, 5 bought" in done.out
     done = await migrate("cutover", CONTEXT, "--alias", "live", "--to", MISTRAL)
-    assert "verified: 5 of 5 points, ids and payloads equal; 5 sampled, cosine 1.00000" in done.out
+    assert "verified: 5 of 5 points, ids, payloads and carried vectors equal" in done.out
+    assert "; 5 sampled, cosine 1.00000" in done.out
     assert "aliases: live" in done.out
     done = await migrate("rollback", CONTEXT, "--to", LARGE)
     assert (done.code, f"is migrated to {MISTRAL}, not {LARGE}" in done.err) == (1, True)

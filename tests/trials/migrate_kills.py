@@ -1,4 +1,4 @@
-"""kill -9 at random moments of `migrate run`, and the same command again, until it is through.
+"""kill -9 at random moments of `migrate run` and `cutover`, and the same command again.
 
 python migrate_kills.py KILLS [SEED] — the suite does a few, `make kills` twenty. A moment is
 the arrival of a request, at Qdrant or at the provider; half of those then take effect, and half are
@@ -59,13 +59,14 @@ class _Killer:
 
 
 async def kill_and_resume(folder: Path, kills: int, seed: int) -> Story:
-    """Migrate to mistral-embed with so many kills on the way; assert that the end is right."""
+    """Migrate to mistral-embed with so many kills of each step; assert that the end is right."""
     chance = random.Random(seed)
     killer = _Killer(chance)
     async with OldSystem(folder) as system:
         await system.fill(SHARE)
 
         bought: list[object] = []
+        killed = 0
 
         async def at_provider(_: web.Request, payload: dict[str, Any]) -> web.Response:
             if killer.arrived():
@@ -75,39 +76,52 @@ async def kill_and_resume(folder: Path, kills: int, seed: int) -> Story:
 
         system.mistral.always = at_provider
         system.qdrant.always = killer.at_qdrant
-        arguments = ("--file", str(system.mapping), "--to", MISTRAL, "--page", str(PAGE))
         said = folder / "said.txt"
-        killed = starts = in_doubt = 0
-        while True:
-            starts += 1
-            killer.left = chance.randrange(2, MOST_MOMENTS // 2) if killed < kills else 0
-            seen = len(system.mistral.calls)
-            with said.open("wb") as err:
-                killer.process = await asyncio.create_subprocess_exec(
-                    *system.command("run", *arguments),
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=err,
-                    env={**os.environ, **system.environment},
-                )
-            # The next one begins at once, whatever of this one is still there.
-            code = await killer.process.wait()
-            calls = system.mistral.calls[seen:]
-            if code == 0:
-                break
-            assert code == -9, said.read_text()
-            killed += 1
-            in_doubt += sum(len(call.inputs) for call in calls[-DEFAULT.ahead :])
+        starts = in_doubt = 0
+        steps = {
+            "run": ("--file", str(system.mapping), "--to", MISTRAL, "--page", str(PAGE)),
+            "cutover": ("--file", str(system.mapping)),
+        }
+        for step, arguments in steps.items():
+            left = kills
+            while True:
+                starts += 1
+                killer.left = chance.randrange(2, MOST_MOMENTS // 2) if left else 0
+                seen = len(system.mistral.calls)
+                with said.open("wb") as err:
+                    killer.process = await asyncio.create_subprocess_exec(
+                        *system.command(step, *arguments),
+                        stdout=asyncio.subprocess.DEVNULL,
+                        stderr=err,
+                        env={**os.environ, **system.environment},
+                    )
+                # The next one begins at once, whatever of this one is still there.
+                code = await killer.process.wait()
+                calls = system.mistral.calls[seen:]
+                if code == 0:
+                    break
+                assert code == -9, said.read_text()
+                left -= 1
+                in_doubt += sum(len(call.inputs) for call in calls[-DEFAULT.ahead :])
+            assert left == 0 or step == "cutover"
+            killed += kills - left
         system.qdrant.always = None
         assert len(bought) == len(set(bought)), [one for one in bought if bought.count(one) > 1]
         await _right(system)
+        targets = {f"live_{name}": _target(system, name) for name in SIZES}
+        assert await system.aliases() == targets
         return Story(killed, starts, len(bought), in_doubt)
+
+
+def _target(system: OldSystem, name: str) -> str:
+    return f"{name}__{MISTRAL}-{system.new_width}"
 
 
 async def _right(system: OldSystem) -> None:
     """Assert that every new collection holds the old points with the right vectors."""
     for name in SIZES:
         before = await system.qdrant.points(name)
-        after = await system.qdrant.points(f"{name}__{MISTRAL}-{system.new_width}")
+        after = await system.qdrant.points(_target(system, name))
         assert set(before) == set(after)
         for one, point in after.items():
             assert point["payload"] == before[one]["payload"]
