@@ -73,7 +73,7 @@ class Batch:
         self._health = view.health(route)
         self._budget = view.router.upstreams.budget_of(view.credential)
         self._requests = requests_of(inputs)
-        self._call = Call(self._router, key, route, inputs, self._requests, self._is_needed)
+        self._call = Call(self._router, key, route, inputs, self._requests, self._is_needed, slots)
         self._deadline = self._call.deadline
         self._attempt = self._call.attempt
         self._task: asyncio.Task[None] | None = None
@@ -127,11 +127,12 @@ class Batch:
             # Where another route is left, half of the time is enough to wait for a rate limit.
             start_deadline = asyncio.get_running_loop().time() + self._limit / 2
         try:
-            answer = await self._call.make(start_deadline)
+            indices, answer = await self._call.make(start_deadline)
         except asyncio.CancelledError:
             if not self._is_over:
                 self._health.cancelled(self._permit)
-                fail_inputs(self._inputs, DeadlineExceeded("the proxy is stopping"))
+                stop = DeadlineExceeded("the proxy is stopping")
+                fail_inputs(self._inputs, stop, self._key.search)
                 self._end()
             self._slots.release()
             raise
@@ -149,7 +150,7 @@ class Batch:
                 self._stop_timers()
                 self._note_success(self._router.upstreams.clock() - begun)
             try:
-                await self._call.deliver(range(len(self._inputs)), answer)
+                await self._call.deliver(indices, answer)
                 self._end_others(self._inputs)
             except Exception as error:  # noqa: BLE001 - a defect; it is raised where someone waits
                 fail_inputs(self._inputs, error)
@@ -185,7 +186,7 @@ class Batch:
                 self._health.failures[error.reason] += 1
             self._health.cancelled(self._permit)
             for one in self._inputs:
-                one.story = one.story[:-1]
+                one.forget_attempt(self._route)
         self._end(keeps_requests=True)
         try:
             if missing or self._key.search is not None:
@@ -214,10 +215,12 @@ class Batch:
 
     def _try_on(self, error: ProviderError, missing: list[PendingInput]) -> list[PendingInput]:
         """Queue inputs for another attempt, if the policy says so; return those it gives up."""
-        # Of inputs for which another route is asked beside, what comes of that decides.
-        unhedged = [one for one in missing if not one.batches]
-        if not isinstance(error, LocalQueueFull):
-            missing = unhedged
+        free = [one for one in missing if not one.is_pursued]
+        if isinstance(error, LocalQueueFull):
+            # A hedge that had no room goes on to the next route.
+            missing = [one for one in missing if not one.is_queued]
+        else:
+            missing = free
         if not missing:
             return []
         search, half = self._key.search, self._key.half
@@ -234,14 +237,17 @@ class Batch:
         if isinstance(step, policy.NextRoute):
             self._queues.add_again(self._key, missing, search=search, half=half)
             return []
-        return unhedged
+        return free
 
     def _give_up(self, error: EmbeddingError, missing: list[PendingInput]) -> None:
         """End the way of inputs that no attempt is left for."""
-        culprit = None
-        if error.index is not None:
-            culprit = self._inputs[error.index]
-        elif self._key.is_alone and len(self._inputs) == 1 and isinstance(error, InvalidAnswer):
+        culprit = None if error.index is None else self._inputs[error.index]
+        if (
+            culprit is None
+            and self._key.is_alone
+            and len(self._inputs) == 1
+            and isinstance(error, InvalidAnswer)
+        ):
             # Its vector was bad among good ones, and is bad alone.
             culprit = self._inputs[0]
         key = self._key._replace(route=self._route)
@@ -342,7 +348,7 @@ class Batch:
         self._health.cancelled(self._permit)
         self._router.counts.failures[error.reason] += 1
         for one in self._inputs:
-            one.story = one.story[:-1]
+            one.forget_attempt(self._route)
             one.passed += (self._route,)
             one.failures += (FailedAttempt(self._route, error),)
 
@@ -375,6 +381,9 @@ class Batch:
         if not self._is_over and not self._is_needed():
             self._health.cancelled(self._permit)
             self._end()
+            if self._key.search is not None:
+                is_answered = not any(one.is_missing for one in self._inputs)
+                self._key.search.note(self._inputs, [], None, is_answered=is_answered)
             if self._task is not None:
                 self._router.upstreams.attempts.abandon(self._task)
 
@@ -405,7 +414,7 @@ class Batch:
     async def _hedge(self, after_s: float) -> None:
         """Send the same inputs to the next route as well, when the time for it has come."""
         await self._router.sleep(after_s)
-        missing = [one for one in self._inputs if one.is_wanted]
+        missing = [one for one in self._inputs if one.is_wanted and not one.is_queued]
         if self._is_over or not missing or not self._budget.can_retry:
             return
         if self._view.ready((*missing[0].story, *missing[0].passed)):

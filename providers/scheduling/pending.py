@@ -48,6 +48,7 @@ class PendingInput:
         "index",
         "input",
         "is_alone",
+        "is_queued",
         "max_batch",
         "max_tokens",
         "passed",
@@ -83,13 +84,26 @@ class PendingInput:
         """Whether it goes in a call of its own: an answer to several was bad in parts."""
         self.searches = 0
         """How often another input of its batch was found to be bad."""
+        self.is_queued = False
         self.batches: tuple[Call, ...] = ()
         """The calls under way for it; more than one while a second route is asked beside."""
+
+    def forget_attempt(self, route: Route) -> None:
+        """Take the last attempt at a route out of its history: it says nothing of the route."""
+        story = [*self.story]
+        story.reverse()
+        story.remove(route)
+        self.story = tuple(reversed(story))
 
     @property
     def is_missing(self) -> bool:
         """Whether its vector has not come yet."""
         return self.index in self.request.missing
+
+    @property
+    def is_pursued(self) -> bool:
+        """Whether it is in a queue or on the wire: then what comes of that decides."""
+        return self.is_queued or bool(self.batches)
 
     @property
     def is_wanted(self) -> bool:
@@ -170,7 +184,10 @@ class PendingRequest:
         expiry = None
         if context.deadline is not None:
             loop = asyncio.get_running_loop()
-            expiry = loop.call_at(context.deadline, self.expire)
+            if context.deadline <= loop.time():
+                self.expire()
+            else:
+                expiry = loop.call_at(context.deadline, self.expire)
         if context.abandoned is not None:
             context.abandoned.add_done_callback(self._leave)
         try:
