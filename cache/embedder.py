@@ -38,6 +38,8 @@ MAX_FETCH = 2048
 """Missing inputs of a request that one fetch buys; more are bought by several."""
 MAX_FETCHES = 8
 """Of these, how many are under way at a time: enough that no provider waits for inputs."""
+ABSENT_S = 0.05
+"""Seconds for which what was not there is held to be missing: by then its request has come."""
 _VECTOR, _TOKENS, _COUNTED = attrgetter("vector"), attrgetter("tokens"), attrgetter("counted")
 
 
@@ -64,6 +66,8 @@ class CachingEmbedder:
         self._inner = inner
         self._tiers = tiers
         self._in_flight = in_flight
+        self._absent: tuple[list[bytes], int, float] | None = None
+        """What `lookup_nowait` found nothing of, last: digests, what had landed then, and when."""
 
     async def embed(
         self, space: Space, inputs: Sequence[Input], context: Context
@@ -79,7 +83,11 @@ class CachingEmbedder:
         all_keys = await ring.keys(inputs)
         keys, inputs, positions = await _distinct(all_keys, inputs)
         mark = self._in_flight.landed
-        lookup = await self._tiers.lookup(keys, ring.partition, context.terms)
+        if self._is_absent(keys, mark, context.terms):
+            lookup = Lookup([None] * len(keys), list(range(len(keys))))
+            self._tiers.count_lookup(lookup, keys, ring.partition, context.terms)
+        else:
+            lookup = await self._tiers.lookup(keys, ring.partition, context.terms)
         if context.check_tokens is not None:
             tokens = None if lookup.missing else _tokens(lookup.entries, positions)
             context = replace(context, counts=await context.check_tokens(tokens), check_tokens=None)
@@ -116,8 +124,25 @@ class CachingEmbedder:
             return None
         lookup = self._tiers.lookup_nowait(keys, ring.partition, terms)
         if lookup.missing:
+            if lookup.is_complete and not lookup.damaged and len(lookup.missing) == len(keys):
+                now = asyncio.get_running_loop().time()
+                self._absent = keys.digests, self._in_flight.landed, now
             return None
         return self._hits(ring, keys, lookup, account, terms, is_counted=False)
+
+    def _is_absent(self, keys: Keys, landed: int, terms: CachePolicy) -> bool:
+        """Tell whether `lookup_nowait` has just found nothing of these: then nothing is read again.
+
+        Digests are of one embedding space and namespace.
+        """
+        absent, self._absent = self._absent, None
+        return (
+            absent is not None
+            and _is_plain(terms)
+            and absent[0] == keys.digests
+            and absent[1] == landed
+            and asyncio.get_running_loop().time() - absent[2] <= ABSENT_S
+        )
 
     def _hits(  # noqa: PLR0913 - what was asked, and what was found
         self,

@@ -389,11 +389,10 @@ class Batch:
 
     def _start_timers(self) -> None:
         """Limit the time that the call is waited for, where another route is left."""
-        if self._deadline is None and len(self._key.routes) == 1:
-            return
         loop, upstreams = asyncio.get_running_loop(), self._router.upstreams
         first = self._inputs[0]
-        self._later = len(self._view.ready((*first.story, *first.passed)))
+        if len(self._key.routes) > 1:
+            self._later = len(self._view.ready((*first.story, *first.passed)))
         if self._later and self._deadline is not None:
             self._limit = max(self._deadline - upstreams.clock(), 0.0) / (self._later + 1)
         if self._later and self._permit.is_probe:

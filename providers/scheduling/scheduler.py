@@ -60,21 +60,23 @@ class Scheduler:
         """
         routes = tuple(self.router.usable(space, inputs, context.credential))
         key = QueueKey(space, context.user, context.credential, context.neutral, routes)
-        limits = View(self.router, routes, space, context.credential).first().limits
+        view = View(self.router, routes, space, context.credential)
+        limits = view.first().limits
         sizes, are_exact = await batch_size.sizes(space, inputs, limits.tokens, context)
         counts: Sequence[int | None] = sizes
         if not are_exact:
             counts = [context.counts.get(one) if type(one) is str else None for one in inputs]
         request = PendingRequest(inputs, context, sizes, counts)
         waits = self.window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
-        self.queue(key).add(request.inputs, waits)
+        self.queue(key, view).add(request.inputs, waits)
         return await request.result()
 
-    def queue(self, key: QueueKey) -> "_Queue":
+    def queue(self, key: QueueKey, view: View | None = None) -> "_Queue":
         """Return the queue for inputs of a kind."""
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = _Queue(self, key)
+            view = view or View(self.router, key.routes, key.space, key.credential)
+            queue = self._queues[key] = _Queue(self, key, view)
         return queue
 
     def forget(self, key: QueueKey, queue: "_Queue") -> None:
@@ -130,11 +132,11 @@ class Scheduler:
 class _Queue:
     """The pending inputs that may share calls."""
 
-    def __init__(self, scheduler: Scheduler, key: QueueKey) -> None:
+    def __init__(self, scheduler: Scheduler, key: QueueKey, view: View) -> None:
         self._scheduler = scheduler
         self._key = key
         self._router = scheduler.router
-        self._view = View(scheduler.router, key.routes, key.space, key.credential)
+        self._view = view
         self._inputs: deque[PendingInput] = deque()
         self._batch_inputs = 1
         """How many inputs make a batch: planned when inputs come, for all that wait then."""

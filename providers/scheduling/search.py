@@ -105,6 +105,9 @@ def final_error(
     failure = policy.select_error(one.error for one in inputs[0].failures)
     if failure is None:
         return error or view.unavailable()
+    if failure is not error and failure.index is not None:
+        # It names a place in another call.
+        failure = failure.with_index(None)
     said = failure.refusal
     if isinstance(failure, RateLimited) and said is not None and not said.retry_after:
         for route in view.routes:
