@@ -8,7 +8,7 @@ gets more calls at a time than it takes; nothing is begun that is of use to nobo
 import asyncio
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from embedding_proxy.providers.base import Context, Embedded, Outcome, Space
 from embedding_proxy.providers.billing import Charge
@@ -34,7 +34,7 @@ from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from virtual_loop import run
 
@@ -253,20 +253,20 @@ class World:
     """All of a script, and the laws that can be seen while it goes on."""
 
     def __init__(self, scripts, asked, hedge_after_s, window_s):
-        self.asked = asked
+        self.asked = [replace(one) for one in asked]
         self.providers = [Acted(f"p{i}", one, self) for i, one in enumerate(scripts)]
         self.upstreams = HealthRegistry(chance=lambda: 0.5)
         routes = [Route(one, "m", retries=one.script.retries) for one in self.providers]
         router = Router(routes, upstreams=self.upstreams, hedge_after_s=hedge_after_s)
         self.scheduler = Scheduler(router, window_s)
-        self.of_text = {text: one for one in asked for text in one.texts}
+        self.of_text = {text: one for one in self.asked for text in one.texts}
         self.broken = []
         """Laws that a call has broken."""
         self.answered = {}
         """When a good vector came for an input first."""
         self.is_closed = False
         self.is_answerable = any(provider.script.is_good for provider in self.providers) and all(
-            set(one.kinds) == {"good"} for one in asked
+            set(one.kinds) == {"good"} for one in self.asked
         )
         """Whether no input is bad, and a provider answers each call."""
         self.charged = 0
@@ -389,6 +389,36 @@ def requests(draw):
     return asked
 
 
+def script(*acts, inputs, later_s=0.0, **limits):
+    """Return a provider that does so with its first calls; the others take `later_s`."""
+    max_inputs = limits.pop("max_inputs", None)
+    return Script(
+        [*acts], Limits(inputs=inputs, concurrency=1), max_inputs, None, Act(call_s=later_s)
+    )
+
+
+def one(kinds, limit_s=None, number=0):
+    """Return a request that comes at once, and stays."""
+    return Asked(number, 0.0, kinds.split(), limit_s, None, is_cancelled=False)
+
+
+# Each of these was once a request that waited for ever, a lost vector, or an input wrongly named.
+LATE_ANSWER = [script(inputs=2, later_s=0.4), script(inputs=1)]
+LATE_HALF = [script(Act(), Act(call_s=3.0), inputs=1), script(inputs=2, later_s=0.4)]
+REFUSED_RACE = [script(Act(call_s=0.4), inputs=2, max_inputs=1), script(inputs=1, later_s=0.4)]
+FAILED_ALONE = [script(Act("fused"), Act(), Act("fail", 6), Act(), inputs=3)]
+OTHER_CALL = [
+    script(Act("fused"), inputs=4),
+    script(inputs=4),
+    script(Act(), Act("fail", 9), inputs=3),
+]
+
+
+@example(LATE_ANSWER, [one("refused good", 2.0)], None, 0.0, None)
+@example(LATE_HALF, [one("good good good good good refused", 2.0)], None, 0.0, None)
+@example(REFUSED_RACE, [one("good good")], 0.1, 0.0, None)
+@example(FAILED_ALONE, [one("good good good")], None, 0.0, None)
+@example(OTHER_CALL, [one("good"), one("good good vector", number=1)], None, 0.0, None)
 @settings(max_examples=400, report_multiple_bugs=False)
 @given(
     st.lists(SCRIPTS, min_size=1, max_size=3),
