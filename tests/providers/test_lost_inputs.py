@@ -403,14 +403,14 @@ def one(kinds, limit_s=None, number=0):
 
 
 # Each of these was once a request that waited for ever, a lost vector, or an input wrongly named.
-LATE_ANSWER = [script(inputs=2, later_s=0.4), script(inputs=1)]
+LATE_ANSWER = [script(inputs=2, later_s=0.4), script(inputs=1), script(inputs=1)]
 LATE_HALF = [script(Act(), Act(call_s=3.0), inputs=1), script(inputs=2, later_s=0.4)]
 REFUSED_RACE = [script(Act(call_s=0.4), inputs=2, max_inputs=1), script(inputs=1, later_s=0.4)]
 FAILED_ALONE = [script(Act("fused"), Act(), Act("fail", 6), Act(), inputs=3)]
 OTHER_CALL = [
     script(Act("fused"), inputs=4),
-    script(inputs=4),
-    script(Act(), Act("fail", 9), inputs=3),
+    script(Act(), Act("fail"), Act("fail"), inputs=4),
+    script(Act(), Act("fail", 9), Act("fail"), inputs=3),
 ]
 
 
