@@ -192,6 +192,11 @@ class PendingRequest:
             context.abandoned.add_done_callback(self._leave)
         try:
             return await self._answer
+        except asyncio.CancelledError:
+            if self._parts and not (self.missing or self._failures):
+                # It was cancelled in the turn in which the last part came: that is told to nobody.
+                await self._tell(*self._parts[-1])
+            raise
         finally:
             # They know their request: left like this, only the collector of garbage could end both.
             self.inputs.clear()
@@ -250,7 +255,11 @@ class PendingRequest:
             del self.missing[index]
         if not self.missing and self.is_open:
             self._answer.set_result(assemble(self._parts))
-        elif self.context.on_part is not None:
+        else:
+            await self._tell(indices, part)
+
+    async def _tell(self, indices: Sequence[int], part: Embedded) -> None:
+        if self.context.on_part is not None:
             await self.context.on_part(indices, part)
 
     def charge(self, bill: Bill) -> None:
