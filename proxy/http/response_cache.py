@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from aiohttp import web
-from embedding_proxy.cache.ledger import Reusable
+from embedding_proxy.cache.cached_hit import Reusable
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 from embedding_proxy.proxy.service.request import Client

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from embedding_proxy.cache.cached_hit import Reusable
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from embedding_proxy.cache.ledger import CountedEmbeddings
+from embedding_proxy.cache.cached_hit import CountedEmbeddings
 from embedding_proxy.providers import dimensions, vector
 from embedding_proxy.providers.base import Context, Input, Space, Vector
 from embedding_proxy.providers.billing import Account
