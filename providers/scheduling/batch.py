@@ -73,7 +73,7 @@ class Batch:
         self._health = view.health(route)
         self._budget = view.router.upstreams.budget_of(view.credential)
         self._requests = requests_of(inputs)
-        self._call = Call(self._router, key, route, inputs, self._requests, self._is_needed, slots)
+        self._call = Call(self._router, key, route, inputs, self._requests, slots)
         self._deadline = self._call.deadline
         self._attempt = self._call.attempt
         self._task: asyncio.Task[None] | None = None
@@ -113,13 +113,6 @@ class Batch:
         self._start_timers()
         self._task = self._router.upstreams.attempts.start(self._run(), self._attempt)
 
-    def _is_needed(self) -> bool:
-        """Whether its answer is of use to anybody."""
-        search = self._key.search
-        return any(
-            one.is_wanted or (search is not None and search.wants(one)) for one in self._inputs
-        )
-
     async def _run(self) -> None:
         begun = self._router.upstreams.clock()
         start_deadline = None
@@ -153,7 +146,7 @@ class Batch:
                 await self._call.deliver(indices, answer)
                 self._end_others(self._inputs)
             except Exception as error:  # noqa: BLE001 - a defect; it is raised where someone waits
-                fail_inputs(self._inputs, error)
+                fail_inputs(self._inputs, error, self._key.search)
             finally:
                 if not self._is_over:
                     self._end()
@@ -192,7 +185,7 @@ class Batch:
             if missing or self._key.search is not None:
                 self._send_on(error, missing)
         except Exception as defect:
-            fail_inputs(missing, defect)
+            fail_inputs(missing, defect, self._key.search)
             raise
         finally:
             self._end_others(missing)
@@ -202,7 +195,7 @@ class Batch:
     def _send_on(self, error: Exception, missing: list[PendingInput]) -> None:
         """Send inputs where the policy says, after a failure."""
         if not isinstance(error, EmbeddingError):
-            fail_inputs(missing, error)
+            fail_inputs(missing, error, self._key.search)
             return
         if not missing:
             if self._key.search is not None:
@@ -277,7 +270,7 @@ class Batch:
             cooldown_s=rest,
             time_left_s=max(left, 0.0),
             has_budget=self._budget.can_retry,
-            is_needed=self._is_needed(),
+            is_needed=self._call.is_needed(),
             is_ready=self._view.is_ready(self._route, rested=rested),
             is_limited=self._was_limited,
             client_retries=min_retries(requests_of(missing)),
@@ -378,7 +371,7 @@ class Batch:
 
     def end_unneeded(self) -> None:
         """End the wait for the call if none of its inputs needs it; if it was sent, it goes on."""
-        if not self._is_over and not self._is_needed():
+        if not self._is_over and not self._call.is_needed():
             self._health.cancelled(self._permit)
             self._end()
             if self._key.search is not None:

@@ -4,7 +4,7 @@ Knows nothing of retries and of a provider's health: see `batch`.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from embedding_proxy.providers.base import Context, Embedded
@@ -32,7 +32,7 @@ from .pending import (
 
 
 class Call:
-    """A call of one route. `is_needed` tells whether its answer is still of use to anybody."""
+    """A call of one route."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - who is asked for what
         self,
@@ -41,7 +41,6 @@ class Call:
         route: Route,
         inputs: Sequence[PendingInput],
         requests: Mapping[PendingRequest, Sequence[PendingInput]],
-        is_needed: Callable[[], bool],
         slots: Slots,
     ) -> None:
         self._router = router
@@ -49,7 +48,6 @@ class Call:
         self._route = route
         self._inputs = inputs
         self._requests = requests
-        self._is_needed = is_needed
         self._slots = slots
         """Those of the provider, of which it has one."""
         self._first = next(iter(requests)).context
@@ -57,6 +55,14 @@ class Call:
         """That of the most patient request."""
         self.attempt = Attempt()
         self._is_billed = False
+
+    def _wants(self, one: PendingInput) -> bool:
+        search = self._key.search
+        return one.is_wanted or (search is not None and search.wants(one))
+
+    def is_needed(self) -> bool:
+        """Tell whether its answer is still of use to anybody."""
+        return any(map(self._wants, self._inputs))
 
     def _context(self, start_deadline: float | None) -> Context:
         """Return what goes along with the call."""
@@ -75,7 +81,7 @@ class Call:
                 if one.count is not None and type(one.input) is str
             },
             start_deadline=start_deadline,
-            is_needed=self._is_needed,
+            is_needed=self.is_needed,
             finishes_calls=True,
             attempt=self.attempt,
         )
@@ -88,7 +94,7 @@ class Call:
         The provider must have begun by `start_deadline`, a point on the event loop's clock, or it
         raises LocalQueueFull. Raises EmbeddingError.
         """
-        if not self._is_needed():
+        if not self.is_needed():
             raise LocalQueueFull(self._route.name, "nobody waits for the answer any more")
         context = self._context(start_deadline)
         if self._key.is_alone and len(self._inputs) > 1:
@@ -113,7 +119,7 @@ class Call:
     async def _ask_each(self, context: Context) -> tuple[Sequence[int], Embedded]:
         """Ask for each input in a call of its own, and keep no vector that several of them get.
 
-        One that is answered elsewhere meanwhile is left out.
+        One that nobody needs any more when its turn comes is left out.
 
         One vector for inputs that differ may be a call's fault; alone it is the upstream's. Raises
         EmbeddingError.
@@ -124,7 +130,7 @@ class Call:
 
         async def ask(one: PendingInput) -> Embedded | None:
             async with places:
-                return await self._ask([one], context) if one.is_missing else None
+                return await self._ask([one], context) if self._wants(one) else None
 
         try:
             came = await asyncio.gather(*map(ask, inputs), return_exceptions=True)

@@ -14,6 +14,7 @@ from embedding_proxy.providers.base import Context, Embedded, Outcome, Space
 from embedding_proxy.providers.billing import Charge
 from embedding_proxy.providers.errors import (
     AuthenticationError,
+    ClientKeyRefused,
     DeadlineExceeded,
     EmbeddingError,
     InvalidAnswer,
@@ -21,7 +22,9 @@ from embedding_proxy.providers.errors import (
     LocalQueueFull,
     MalformedResponse,
     ModelNotFound,
+    OutOfDescriptors,
     PermissionDenied,
+    ProviderError,
     QuotaExceeded,
     RateLimited,
     Refusal,
@@ -59,7 +62,12 @@ ERRORS = (
     lambda name: AuthenticationError(name, "bad key", Refusal(401, "bad key")),
     lambda name: PermissionDenied(name, "denied", Refusal(403, "denied")),
     lambda name: ModelNotFound(name, "no such model", Refusal(404, "no such model")),
+    lambda _: ClientKeyRefused("bad key of the client"),
+    lambda _: OutOfDescriptors(),
+    lambda _: RuntimeError("a defect"),
 )
+OWN = len(ERRORS) - 3
+"""From here on they are no provider's: no other route is asked."""
 
 
 @dataclass
@@ -201,7 +209,7 @@ class Acted:
     async def _answer(self, act, inputs, context):
         error = self._error(act, inputs)
         if error is not None:
-            if act.is_charged and not isinstance(error, InvalidRequest):
+            if act.is_charged and isinstance(error, ProviderError):
                 error.charge = self.world.charge(inputs)
             raise error
         kinds = [one.split()[0] for one in inputs]
@@ -265,10 +273,13 @@ class World:
         self.answered = {}
         """When a good vector came for an input first."""
         self.is_closed = False
-        self.is_answerable = any(provider.script.is_good for provider in self.providers) and all(
-            set(one.kinds) == {"good"} for one in self.asked
+        acts = [act for provider in self.providers for act in provider.script.acts]
+        self.is_answerable = (
+            any(provider.script.is_good for provider in self.providers)
+            and all(set(one.kinds) == {"good"} for one in self.asked)
+            and all(act.error < OWN for act in acts if act.what == "fail")
         )
-        """Whether no input is bad, and a provider answers each call."""
+        """Whether no input is bad, a provider answers each call, and no fault is our own."""
         self.charged = 0
         self.tokens = Counter()
 
@@ -349,11 +360,12 @@ class World:
         if error is None:
             assert one.task.result().vectors == [vector_of(text) for text in one.texts]
             return
-        assert isinstance(error, EmbeddingError), error
+        assert isinstance(error, EmbeddingError) or str(error) == "a defect", error
         is_there = one.limit_s is None and one.gone_at is None and not self.is_closed
         assert not (is_there and self.is_answerable), "a provider would have answered it"
         assert one.kept.rows.keys() == came, "bought and lost"
-        assert error.index is None or error.index < len(one.kinds)
+        index = getattr(error, "index", None)
+        assert index is None or index < len(one.kinds)
 
 
 SECONDS = st.sampled_from([0.0, 0.01, 0.4, 3.0, 20.0])
