@@ -85,6 +85,7 @@ class PendingInput:
         self.searches = 0
         """How often another input of its batch was found to be bad."""
         self.is_queued = False
+        """Whether it is in a queue, or waits for the time to come back to one."""
         self.batches: tuple[Call, ...] = ()
         """The calls under way for it; more than one while a second route is asked beside."""
 

@@ -126,6 +126,8 @@ class Scheduler:
                 raise
             self.add_again(key, inputs, route, search=key.search, half=key.half)
 
+        for one in inputs:
+            one.is_queued = True
         self.router.upstreams.attempts.start(wait(), Attempt())
 
 
