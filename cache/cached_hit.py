@@ -1,20 +1,54 @@
-"""Repeats an answer that came from the cache alone: nothing is parsed or hashed again."""
+"""Answers with their usage, and what repeats one that came from the cache alone.
+
+Then nothing is parsed or hashed again.
+"""
 
 import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Protocol
 
-from embedding_proxy.providers.base import NORMAL, Vector
+from embedding_proxy.providers.base import NORMAL, Embedded, Vector
 
-from .key import Keys, Partition
+from .key import Key, Keys, Partition
 from .ledger import LedgerKey, Usage
 from .tiers import LOT, Lookup, Tiers
 
 _VECTOR = attrgetter("vector")
 TOUCH_S = 1.0
 """Seconds between two times that the use of the entries is noted for one kept answer."""
+
+
+class Reusable(Protocol):
+    """Answers the same request again: a `CachedHit`, or what adds a condition to one."""
+
+    async def vectors(self) -> Sequence[Vector] | None:
+        """Return the vectors and count the answer; None if a new lookup is needed.
+
+        Many vectors are read in steps that yield to the event loop.
+        """
+
+    def count(self) -> None:
+        """Count one more answer."""
+
+    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
+        """Return what tells whether these vectors are still valid, and then counts the answer.
+
+        None if they are not valid any more.
+        """
+
+
+@dataclass(slots=True, kw_only=True)
+class CountedEmbeddings(Embedded):
+    """Vectors, and the usage of the request that they answer."""
+
+    usage: Usage
+    keys: Sequence[Key] = ()
+    """The key of each vector; empty if more than one lookup was needed."""
+    cached_hit: Reusable | None = None
+    """Answers the same request again; None if that needs a new lookup."""
 
 
 @dataclass(slots=True)

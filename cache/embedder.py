@@ -25,11 +25,11 @@ from embedding_proxy.providers.base import (
 from embedding_proxy.providers.billing import Account, Bill, OnCharge, nanodollars
 from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError
 
-from .cached_hit import CachedHit
+from .cached_hit import CachedHit, CountedEmbeddings
 from .errors import NotCached, name_input
 from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
-from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
+from .ledger import Usage, charge_usage, ledger_key
 from .record import Entry
 from .tiers import Lookup, Tiers
 

@@ -183,7 +183,8 @@ class Fetch(SharedTask[Key, None]):
             raise
         finally:
             self._is_over = True
-            await asyncio.shield(asyncio.gather(*self._writes))
+            for write in self._writes:
+                await asyncio.shield(write)
             if not self._is_written:
                 await asyncio.shield(self._in_flight.write(self._tiers.flush_counts()))
 

@@ -6,15 +6,12 @@ the sums on disk.
 """
 
 import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import add
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from embedding_proxy.providers.base import Embedded, Vector
 from embedding_proxy.providers.billing import Account, Bill
 
-from .key import OTHER, OTHER_NAMESPACE, Key, Partition
+from .key import OTHER, OTHER_NAMESPACE, Partition
 
 
 class Usage(NamedTuple):
@@ -103,33 +100,3 @@ class By(enum.StrEnum):
 
 Line: TypeAlias = tuple[tuple[Any, ...], Usage]
 """The values of the grouped columns, and their sums."""
-
-
-class Reusable(Protocol):
-    """Answers the same request again; see `cached_hit`."""
-
-    async def vectors(self) -> Sequence[Vector] | None:
-        """Return the vectors and count the answer; None if a new lookup is needed.
-
-        Many vectors are read in steps that yield to the event loop.
-        """
-
-    def count(self) -> None:
-        """Count one more answer."""
-
-    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
-        """Return what tells whether these vectors are still valid, and then counts the answer.
-
-        None if they are not valid any more.
-        """
-
-
-@dataclass(slots=True, kw_only=True)
-class CountedEmbeddings(Embedded):
-    """Vectors, and the usage of the request that they answer."""
-
-    usage: Usage
-    keys: Sequence[Key] = ()
-    """The key of each vector; empty if more than one lookup was needed."""
-    cached_hit: Reusable | None = None
-    """Answers the same request again; None if that needs a new lookup."""

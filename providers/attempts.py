@@ -99,7 +99,9 @@ class Attempts:
         if attempt is None:
             return False
         attempt.is_abandoned = True
-        return not attempt.is_sent and task.cancel()
+        if not attempt.is_sent:
+            _cancel_soon(task, attempt)
+        return not attempt.is_sent
 
     async def close(self) -> None:
         """End the attempts under way; those that were sent have CLOSE_S seconds to be answered.
@@ -110,8 +112,7 @@ class Attempts:
         for task, attempt in self._tasks.items():
             attempt.is_abandoned = True
             if not (attempt.is_sent or attempt.has_reply):
-                # One that is cancelled before its first step would not run its own cleaning up.
-                asyncio.get_running_loop().call_soon(task.cancel)
+                _cancel_soon(task, attempt)
         sent = sum(one.is_sent or one.has_reply for one in self._tasks.values())
         if sent:
             log.info("stopping: waiting up to %g s for the answers to %d calls", CLOSE_S, sent)
@@ -137,3 +138,16 @@ class Attempts:
         error = task.exception()
         if error is not None and attempt.is_abandoned:
             log.info("a call that nobody waits for any more failed: %s", error)
+
+
+def _cancel_soon(task: asyncio.Task[None], attempt: Attempt) -> None:
+    """Cancel an attempt, unless it is sent before that.
+
+    One that is cancelled before its first step would not run its own cleaning up.
+    """
+
+    def cancel() -> None:
+        if not (attempt.is_sent or attempt.has_reply):
+            task.cancel()
+
+    asyncio.get_running_loop().call_soon(cancel)

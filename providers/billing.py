@@ -50,7 +50,8 @@ class Bill:
 
     def at(self, whole: Sequence[int]) -> "Bill":
         """Return the bill as it reads in a larger call, whose inputs at `whole` these are."""
-        return replace(self, places=[whole[place] for place in self.places])
+        places = [whole[place] for place in self.places]
+        return Bill(self.provider, places, self.tokens, self.nanodollars, self.told)
 
     def rows(self, rows: Sequence[int]) -> "Bill":
         """Return the part of the bill that is in some rows of it."""

@@ -229,9 +229,10 @@ class HttpProvider:
             counted=exact,
             providers=(self.name,),
             outcomes=[Outcome.MISS] * len(checked.indices),
+            charge=checked.charge,
         )
         if not checked.problems:
-            return replace(good, charge=checked.charge)
+            return good
         error = response.bad_vectors(self.name, checked)
         # The good ones were bought: the call is billed also where the upstream names no price.
         total = sum(counts) if charge.tokens is None else charge.tokens

@@ -73,6 +73,26 @@ async def test_a_miss_reads_each_address_once(count, upstream, start_proxy, monk
     assert len(read) == count
 
 
+async def test_a_miss_reads_its_address_once_where_the_connection_is_kept(
+    upstream, start_proxy, monkeypatch
+):
+    """Though what is looked up first is whether it can be answered without waiting."""
+    proxy = await start_proxy(openai=upstream)
+    await right(await ask(proxy, "first"), ["first"])
+    read, read_many = [], read_only.read_many
+
+    def noted(sql, addresses, not_before):
+        read.extend(addresses)
+        return read_many(sql, addresses, not_before)
+
+    monkeypatch.setattr(read_only, "read_many", noted)
+    for text in texts(5):
+        await right(await ask(proxy, text), [text])
+    assert len(read) == len(set(read)) == 5
+    counters = proxy.service.counters
+    assert (counters.memory_hits, counters.disk_hits, counters.misses) == (0, 0, 6)
+
+
 # One input that an upstream fails with.
 
 

@@ -336,6 +336,12 @@ class Slots:
         self._waiting[wake] = None
         return False
 
+    def acquire_free(self, number: int, max_used: int) -> int:
+        """Take up to so many slots of those that are free now; return how many."""
+        taken = max(0, min(number, min(self._number, max_used) - self.used))
+        self.used += taken
+        return taken
+
     def forget(self, wake: Callable[[], None]) -> None:
         """Wake this one no more."""
         self._waiting.pop(wake, None)

@@ -150,6 +150,8 @@ class View:
 
     def first(self) -> Route:
         """Return the route that would be asked now; if none may be, the preferred one."""
+        if len(self.routes) == 1:
+            return self.routes[0]
         return (self.ready() or self.arrange(self.routes))[0]
 
     def arrange(self, routes: Sequence[Route]) -> Sequence[Route]:

@@ -73,7 +73,7 @@ class Batch:
         self._health = view.health(route)
         self._budget = view.router.upstreams.budget_of(view.credential)
         self._requests = requests_of(inputs)
-        self._call = Call(self._router, key, route, inputs, self._requests, self._is_needed)
+        self._call = Call(self._router, key, route, inputs, self._requests, slots)
         self._deadline = self._call.deadline
         self._attempt = self._call.attempt
         self._task: asyncio.Task[None] | None = None
@@ -113,13 +113,6 @@ class Batch:
         self._start_timers()
         self._task = self._router.upstreams.attempts.start(self._run(), self._attempt)
 
-    def _is_needed(self) -> bool:
-        """Whether its answer is of use to anybody."""
-        search = self._key.search
-        return any(
-            one.is_wanted or (search is not None and search.wants(one)) for one in self._inputs
-        )
-
     async def _run(self) -> None:
         begun = self._router.upstreams.clock()
         start_deadline = None
@@ -127,11 +120,12 @@ class Batch:
             # Where another route is left, half of the time is enough to wait for a rate limit.
             start_deadline = asyncio.get_running_loop().time() + self._limit / 2
         try:
-            answer = await self._call.make(start_deadline)
+            indices, answer = await self._call.make(start_deadline)
         except asyncio.CancelledError:
             if not self._is_over:
                 self._health.cancelled(self._permit)
-                fail_inputs(self._inputs, DeadlineExceeded("the proxy is stopping"))
+                stop = DeadlineExceeded("the proxy is stopping")
+                fail_inputs(self._inputs, stop, self._key.search)
                 self._end()
             self._slots.release()
             raise
@@ -149,10 +143,10 @@ class Batch:
                 self._stop_timers()
                 self._note_success(self._router.upstreams.clock() - begun)
             try:
-                await self._call.deliver(range(len(self._inputs)), answer)
+                await self._call.deliver(indices, answer)
                 self._end_others(self._inputs)
             except Exception as error:  # noqa: BLE001 - a defect; it is raised where someone waits
-                fail_inputs(self._inputs, error)
+                fail_inputs(self._inputs, error, self._key.search)
             finally:
                 if not self._is_over:
                     self._end()
@@ -191,13 +185,13 @@ class Batch:
                 self._health.failures[error.reason] += 1
             self._health.cancelled(self._permit)
             for one in self._inputs:
-                one.story = one.story[:-1]
+                one.forget_attempt(self._route)
         self._end(keeps_requests=True)
         try:
             if missing or self._key.search is not None:
                 self._send_on(error, missing)
         except Exception as defect:
-            fail_inputs(missing, defect)
+            fail_inputs(missing, defect, self._key.search)
             raise
         finally:
             self._end_others(missing)
@@ -207,7 +201,7 @@ class Batch:
     def _send_on(self, error: Exception, missing: list[PendingInput]) -> None:
         """Send inputs where the policy says, after a failure."""
         if not isinstance(error, EmbeddingError):
-            fail_inputs(missing, error)
+            fail_inputs(missing, error, self._key.search)
             return
         if not missing:
             if self._key.search is not None:
@@ -220,10 +214,12 @@ class Batch:
 
     def _try_on(self, error: ProviderError, missing: list[PendingInput]) -> list[PendingInput]:
         """Queue inputs for another attempt, if the policy says so; return those it gives up."""
-        # Of inputs for which another route is asked beside, what comes of that decides.
-        unhedged = [one for one in missing if not one.batches]
-        if not isinstance(error, LocalQueueFull):
-            missing = unhedged
+        free = [one for one in missing if not one.is_pursued]
+        if isinstance(error, LocalQueueFull):
+            # A hedge that had no room goes on to the next route.
+            missing = [one for one in missing if not one.is_queued]
+        else:
+            missing = free
         if not missing:
             return []
         search, half = self._key.search, self._key.half
@@ -240,14 +236,17 @@ class Batch:
         if isinstance(step, policy.NextRoute):
             self._queues.add_again(self._key, missing, search=search, half=half)
             return []
-        return unhedged
+        return free
 
     def _give_up(self, error: EmbeddingError, missing: list[PendingInput]) -> None:
         """End the way of inputs that no attempt is left for."""
-        culprit = None
-        if error.index is not None:
-            culprit = self._inputs[error.index]
-        elif self._key.is_alone and len(self._inputs) == 1 and isinstance(error, InvalidAnswer):
+        culprit = None if error.index is None else self._inputs[error.index]
+        if (
+            culprit is None
+            and self._key.is_alone
+            and len(self._inputs) == 1
+            and isinstance(error, InvalidAnswer)
+        ):
             # Its vector was bad among good ones, and is bad alone.
             culprit = self._inputs[0]
         key = self._key._replace(route=self._route)
@@ -277,7 +276,7 @@ class Batch:
             cooldown_s=rest,
             time_left_s=max(left, 0.0),
             has_budget=self._budget.can_retry,
-            is_needed=self._is_needed(),
+            is_needed=self._call.is_needed(),
             is_ready=self._view.is_ready(self._route, rested=rested),
             is_limited=self._was_limited,
             client_retries=min_retries(requests_of(missing)),
@@ -348,7 +347,7 @@ class Batch:
         self._health.cancelled(self._permit)
         self._router.counts.failures[error.reason] += 1
         for one in self._inputs:
-            one.story = one.story[:-1]
+            one.forget_attempt(self._route)
             one.passed += (self._route,)
             one.failures += (FailedAttempt(self._route, error),)
 
@@ -378,19 +377,21 @@ class Batch:
 
     def end_unneeded(self) -> None:
         """End the wait for the call if none of its inputs needs it; if it was sent, it goes on."""
-        if not self._is_over and not self._is_needed():
+        if not self._is_over and not self._call.is_needed():
             self._health.cancelled(self._permit)
             self._end()
+            if self._key.search is not None:
+                is_answered = not any(one.is_missing for one in self._inputs)
+                self._key.search.note(self._inputs, [], None, is_answered=is_answered)
             if self._task is not None:
                 self._router.upstreams.attempts.abandon(self._task)
 
     def _start_timers(self) -> None:
         """Limit the time that the call is waited for, where another route is left."""
-        if self._deadline is None and len(self._key.routes) == 1:
-            return
         loop, upstreams = asyncio.get_running_loop(), self._router.upstreams
         first = self._inputs[0]
-        self._later = len(self._view.ready((*first.story, *first.passed)))
+        if len(self._key.routes) > 1:
+            self._later = len(self._view.ready((*first.story, *first.passed)))
         if self._later and self._deadline is not None:
             self._limit = max(self._deadline - upstreams.clock(), 0.0) / (self._later + 1)
         if self._later and self._permit.is_probe:
@@ -411,7 +412,7 @@ class Batch:
     async def _hedge(self, after_s: float) -> None:
         """Send the same inputs to the next route as well, when the time for it has come."""
         await self._router.sleep(after_s)
-        missing = [one for one in self._inputs if one.is_wanted]
+        missing = [one for one in self._inputs if one.is_wanted and not one.is_queued]
         if self._is_over or not missing or not self._budget.can_retry:
             return
         if self._view.ready((*missing[0].story, *missing[0].passed)):

@@ -4,13 +4,14 @@ Knows nothing of retries and of a provider's health: see `batch`.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context, Embedded
 from embedding_proxy.providers.billing import Bill
 from embedding_proxy.providers.errors import InvalidAnswer, LocalQueueFull, ProviderError
+from embedding_proxy.providers.routing.health import Slots
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.upstream.duplicate_vectors import (
@@ -31,7 +32,7 @@ from .pending import (
 
 
 class Call:
-    """A call of one route. `is_needed` tells whether its answer is still of use to anybody."""
+    """A call of one route."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - who is asked for what
         self,
@@ -40,19 +41,28 @@ class Call:
         route: Route,
         inputs: Sequence[PendingInput],
         requests: Mapping[PendingRequest, Sequence[PendingInput]],
-        is_needed: Callable[[], bool],
+        slots: Slots,
     ) -> None:
         self._router = router
         self._key = key
         self._route = route
         self._inputs = inputs
         self._requests = requests
-        self._is_needed = is_needed
+        self._slots = slots
+        """Those of the provider, of which it has one."""
         self._first = next(iter(requests)).context
         self.deadline = max_deadline(requests)
         """That of the most patient request."""
         self.attempt = Attempt()
         self._is_billed = False
+
+    def _wants(self, one: PendingInput) -> bool:
+        search = self._key.search
+        return one.is_wanted or (search is not None and search.wants(one))
+
+    def is_needed(self) -> bool:
+        """Tell whether its answer is still of use to anybody."""
+        return any(map(self._wants, self._inputs))
 
     def _context(self, start_deadline: float | None) -> Context:
         """Return what goes along with the call."""
@@ -71,23 +81,25 @@ class Call:
                 if one.count is not None and type(one.input) is str
             },
             start_deadline=start_deadline,
-            is_needed=self._is_needed,
+            is_needed=self.is_needed,
             finishes_calls=True,
             attempt=self.attempt,
         )
 
-    async def make(self, start_deadline: float | None) -> Embedded:
-        """Return the answer to all inputs; one to some of them is delivered.
+    async def make(self, start_deadline: float | None) -> tuple[Sequence[int], Embedded]:
+        """Return the answer to the inputs at some indices: all that are still missing.
+
+        What comes before a failure is delivered.
 
         The provider must have begun by `start_deadline`, a point on the event loop's clock, or it
         raises LocalQueueFull. Raises EmbeddingError.
         """
-        if not self._is_needed():
+        if not self.is_needed():
             raise LocalQueueFull(self._route.name, "nobody waits for the answer any more")
         context = self._context(start_deadline)
         if self._key.is_alone and len(self._inputs) > 1:
             return await self._ask_each(replace(context, on_part=None))
-        return await self._ask(self._inputs, context)
+        return range(len(self._inputs)), await self._ask(self._inputs, context)
 
     async def _ask(self, inputs: Sequence[PendingInput], context: Context) -> Embedded:
         """Make one call at the provider, and tell what it was charged, whatever comes of it."""
@@ -104,28 +116,37 @@ class Call:
         self._charge(self._route.bill(answer.charge, answer.tokens, account), inputs)
         return answer
 
-    async def _ask_each(self, context: Context) -> Embedded:
+    async def _ask_each(self, context: Context) -> tuple[Sequence[int], Embedded]:
         """Ask for each input in a call of its own, and keep no vector that several of them get.
+
+        One that nobody needs any more when its turn comes is left out.
 
         One vector for inputs that differ may be a call's fault; alone it is the upstream's. Raises
         EmbeddingError.
         """
         inputs = self._inputs
-        places = asyncio.Semaphore(self._route.limits.concurrency)
+        further = self._slots.acquire_free(len(inputs) - 1, self._route.limits.concurrency)
+        places = asyncio.Semaphore(1 + further)
 
-        async def ask(one: PendingInput) -> Embedded:
+        async def ask(one: PendingInput) -> Embedded | None:
             async with places:
-                return await self._ask([one], context)
+                return await self._ask([one], context) if self._wants(one) else None
 
-        came = await asyncio.gather(*map(ask, inputs), return_exceptions=True)
+        try:
+            came = await asyncio.gather(*map(ask, inputs), return_exceptions=True)
+        finally:
+            for _ in range(further):
+                self._slots.release()
         parts = {i: one for i, one in enumerate(came) if isinstance(one, Embedded)}
         vectors = {i: part.vectors[0] for i, part in parts.items()}
         items, tokenizer = [one.input for one in inputs], exact_tokenizer(self._key.space)
         groups = find_duplicate_vectors(items, vectors, tokenizer)
         shared = sorted({i for group in groups for i in group})
+        failed = {one: i for i, one in enumerate(came) if isinstance(one, BaseException)}
         good = [i for i in parts if i not in shared]
-        if good and len(good) < len(inputs):
-            await self.deliver(good, assemble([([i], parts[i]) for i in good]))
+        whole = assemble([([row], parts[i]) for row, i in enumerate(good)])
+        if shared or failed:
+            await self.deliver(good, whole)
         if shared:
             for one in inputs:
                 one.is_alone = False
@@ -133,7 +154,6 @@ class Call:
             error = InvalidAnswer(self._route.name, problem)
             error.index = shared[0] if len(shared) < len(inputs) else None
             raise error
-        failed = {one: i for i, one in enumerate(came) if isinstance(one, BaseException)}
         if failed:
             worst = min(failed, key=rank)
             if isinstance(worst, InvalidAnswer):
@@ -141,7 +161,7 @@ class Call:
             raise worst
         if any(_is_fused(one) for one in inputs[0].failures):
             self._route.learn_single()
-        return assemble([([i], parts[i]) for i in good])
+        return good, whole
 
     async def deliver(self, indices: Sequence[int], part: Embedded) -> None:
         """Hand a part of the answer to the requests whose inputs these are."""

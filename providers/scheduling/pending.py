@@ -48,6 +48,7 @@ class PendingInput:
         "index",
         "input",
         "is_alone",
+        "is_queued",
         "max_batch",
         "max_tokens",
         "passed",
@@ -83,13 +84,27 @@ class PendingInput:
         """Whether it goes in a call of its own: an answer to several was bad in parts."""
         self.searches = 0
         """How often another input of its batch was found to be bad."""
+        self.is_queued = False
+        """Whether it is in a queue, or waits for the time to come back to one."""
         self.batches: tuple[Call, ...] = ()
         """The calls under way for it; more than one while a second route is asked beside."""
+
+    def forget_attempt(self, route: Route) -> None:
+        """Take the last attempt at a route out of its history: it says nothing of the route."""
+        story = [*self.story]
+        story.reverse()
+        story.remove(route)
+        self.story = tuple(reversed(story))
 
     @property
     def is_missing(self) -> bool:
         """Whether its vector has not come yet."""
         return self.index in self.request.missing
+
+    @property
+    def is_pursued(self) -> bool:
+        """Whether it is in a queue or on the wire: then what comes of that decides."""
+        return self.is_queued or bool(self.batches)
 
     @property
     def is_wanted(self) -> bool:
@@ -170,11 +185,19 @@ class PendingRequest:
         expiry = None
         if context.deadline is not None:
             loop = asyncio.get_running_loop()
-            expiry = loop.call_at(context.deadline, self.expire)
+            if context.deadline <= loop.time():
+                self.expire()
+            else:
+                expiry = loop.call_at(context.deadline, self.expire)
         if context.abandoned is not None:
             context.abandoned.add_done_callback(self._leave)
         try:
             return await self._answer
+        except asyncio.CancelledError:
+            if self._parts and not (self.missing or self._failures):
+                # It was cancelled in the turn in which the last part came: that is told to nobody.
+                await self._tell(*self._parts[-1])
+            raise
         finally:
             # They know their request: left like this, only the collector of garbage could end both.
             self.inputs.clear()
@@ -233,7 +256,11 @@ class PendingRequest:
             del self.missing[index]
         if not self.missing and self.is_open:
             self._answer.set_result(assemble(self._parts))
-        elif self.context.on_part is not None:
+        else:
+            await self._tell(indices, part)
+
+    async def _tell(self, indices: Sequence[int], part: Embedded) -> None:
+        if self.context.on_part is not None:
             await self.context.on_part(indices, part)
 
     def charge(self, bill: Bill) -> None:

@@ -60,21 +60,23 @@ class Scheduler:
         """
         routes = tuple(self.router.usable(space, inputs, context.credential))
         key = QueueKey(space, context.user, context.credential, context.neutral, routes)
-        limits = View(self.router, routes, space, context.credential).first().limits
+        view = View(self.router, routes, space, context.credential)
+        limits = view.first().limits
         sizes, are_exact = await batch_size.sizes(space, inputs, limits.tokens, context)
         counts: Sequence[int | None] = sizes
         if not are_exact:
             counts = [context.counts.get(one) if type(one) is str else None for one in inputs]
         request = PendingRequest(inputs, context, sizes, counts)
         waits = self.window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
-        self.queue(key).add(request.inputs, waits)
+        self.queue(key, view).add(request.inputs, waits)
         return await request.result()
 
-    def queue(self, key: QueueKey) -> "_Queue":
+    def queue(self, key: QueueKey, view: View | None = None) -> "_Queue":
         """Return the queue for inputs of a kind."""
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = _Queue(self, key)
+            view = view or View(self.router, key.routes, key.space, key.credential)
+            queue = self._queues[key] = _Queue(self, key, view)
         return queue
 
     def forget(self, key: QueueKey, queue: "_Queue") -> None:
@@ -95,6 +97,8 @@ class Scheduler:
 
         `route`: asks this one; without, the policy chooses among those that were not asked yet.
         """
+        if not inputs:
+            return
         first = inputs[0]
         key = key._replace(
             story=first.story,
@@ -118,21 +122,23 @@ class Scheduler:
             try:
                 await self.router.sleep(wait_s)
             except asyncio.CancelledError:
-                fail_inputs(inputs, DeadlineExceeded("the proxy is stopping"))
+                fail_inputs(inputs, DeadlineExceeded("the proxy is stopping"), key.search)
                 raise
             self.add_again(key, inputs, route, search=key.search, half=key.half)
 
+        for one in inputs:
+            one.is_queued = True
         self.router.upstreams.attempts.start(wait(), Attempt())
 
 
 class _Queue:
     """The pending inputs that may share calls."""
 
-    def __init__(self, scheduler: Scheduler, key: QueueKey) -> None:
+    def __init__(self, scheduler: Scheduler, key: QueueKey, view: View) -> None:
         self._scheduler = scheduler
         self._key = key
         self._router = scheduler.router
-        self._view = View(scheduler.router, key.routes, key.space, key.credential)
+        self._view = view
         self._inputs: deque[PendingInput] = deque()
         self._batch_inputs = 1
         """How many inputs make a batch: planned when inputs come, for all that wait then."""
@@ -144,7 +150,7 @@ class _Queue:
 
     def add(self, inputs: Sequence[PendingInput], wait_s: float) -> None:
         """Queue inputs, and see to it that they are sent: in this turn of the loop, or later."""
-        self._inputs += inputs
+        self._push(inputs)
         is_full = bool(wait_s) and len(self._inputs) >= self._view.first().limits.inputs
         if self._flush is not None and not (wait_s and not is_full):
             self._flush.cancel()
@@ -160,11 +166,27 @@ class _Queue:
 
     def add_first(self, inputs: Sequence[PendingInput]) -> None:
         """Queue inputs before all others, and send what waits."""
-        self._inputs.extendleft(reversed(inputs))
+        self._push(inputs, is_first=True)
         if self._flush is not None:
             self._flush.cancel()
         # Others of the same history that come in this turn of the loop share the call.
         self._flush = asyncio.get_running_loop().call_soon(self._send_all)
+
+    def _push(self, inputs: Sequence[PendingInput], *, is_first: bool = False) -> None:
+        for one in inputs:
+            one.is_queued = True
+        if is_first:
+            self._inputs.extendleft(reversed(inputs))
+        else:
+            self._inputs += inputs
+
+    def _pop(self) -> PendingInput:
+        one = self._inputs.popleft()
+        one.is_queued = False
+        return one
+
+    def _pop_all(self) -> list[PendingInput]:
+        return [self._pop() for _ in range(len(self._inputs))]
 
     def _send_all(self) -> None:
         """Plan the batches for all that waits, and send as many as there are slots."""
@@ -211,7 +233,7 @@ class _Queue:
             rested = self._key.is_rested and route is self._key.route
             permit = self._view.health(route).acquire(key, rested=rested)
         if permit is None:
-            self._inputs.extendleft(reversed(batch))
+            self._push(batch, is_first=True)
             slots.release()
         else:
             Batch(self._scheduler, self._key, self._view, route, batch, permit, slots).start()
@@ -239,8 +261,7 @@ class _Queue:
     def _pass_over(self, route: Route) -> None:
         """Let what waits go on to the next route: this one has had no slot for long."""
         self._slot_timer = None
-        inputs = [*self._inputs]
-        self._inputs.clear()
+        inputs = self._pop_all()
         if inputs:
             self._router.counts.failures[LocalQueueFull.reason] += 1
             message = "all the calls that it takes at a time are under way"
@@ -268,8 +289,7 @@ class _Queue:
     def _handle_no_route(self) -> None:
         """Fail what waits, or wait for the end of a rate limit if that is near."""
         # What is asked for elsewhere just now is decided there.
-        inputs = [one for one in self._inputs if not one.batches]
-        self._inputs.clear()
+        inputs = [one for one in self._pop_all() if not one.batches]
         if not inputs:
             return
         if self._key.search is not None:
@@ -304,15 +324,14 @@ class _Queue:
             one = self._inputs[0]
             if one.is_wanted or (search is not None and search.wants(one)):
                 return True
-            self._inputs.popleft()
+            self._pop()
             if search is not None:
                 search.note([one], [], None)
         return False
 
     def _fail_all(self, error: Exception) -> None:
-        inputs = [*self._inputs]
-        self._inputs.clear()
-        fail_inputs(inputs, error)
+        inputs = self._pop_all()
+        fail_inputs(inputs, error, self._key.search)
 
     def _take(self, route: Route, limits: Limits, *, is_delayed: bool) -> list[PendingInput]:
         """Take from the queue what fits into one call.
@@ -329,9 +348,8 @@ class _Queue:
             call_s = self._router.latencies.seconds(route) if is_delayed else None
             if call_s is None or not _is_too_late(batch, call_s):
                 break
-            for one in batch:
-                if one.request.is_open:
-                    one.request.fail(DeadlineExceeded("the time left is too short for a call"))
+            error = DeadlineExceeded("the time left is too short for a call")
+            fail_inputs(batch, error, self._key.search)
         return batch
 
     def _take_first(self, route: Route, limits: Limits) -> list[PendingInput]:
@@ -356,8 +374,7 @@ class _Queue:
             # What is too large by itself goes alone: the upstream will say so.
             if batch and (is_over or len(batch) >= max_inputs):
                 break
-            batch.append(one)
-            self._inputs.popleft()
+            batch.append(self._pop())
         return batch
 
 

@@ -20,7 +20,7 @@ from embedding_proxy.providers.errors import (
 from embedding_proxy.providers.routing import policy
 from embedding_proxy.providers.routing.router import View
 
-from .pending import FailedAttempt, PendingInput, QueueKey, Queues, requests_of
+from .pending import Bisection, FailedAttempt, PendingInput, QueueKey, Queues, requests_of
 from .refusal import (
     is_about_a_field,
     is_about_an_input,
@@ -40,10 +40,17 @@ _groups = itertools.count(1)
 """Names groups of inputs that go in calls of their own."""
 
 
-def fail_inputs(inputs: Iterable[PendingInput], error: Exception) -> None:
-    """Fail the requests of some inputs."""
+def fail_inputs(
+    inputs: Sequence[PendingInput], error: Exception, search: Bisection | None = None
+) -> None:
+    """Fail the requests of some inputs; the search that they are a half of waits for them no more.
+
+    Else it, and with it its request, would never end.
+    """
     for request in requests_of(inputs):
         request.fail(error)
+    if search is not None and inputs:
+        search.note(inputs, [], None)
 
 
 def give_up(  # noqa: PLR0913, PLR0917 - whose, where, and why
@@ -57,29 +64,34 @@ def give_up(  # noqa: PLR0913, PLR0917 - whose, where, and why
     """End the way of inputs that no attempt is left for: divide them, search them, or fail them.
 
     `error` is that of the last attempt, or None where none was made; `culprit` is the input that it
-    names. `key.route` is the route that failed.
+    names. `key.route` is the route that failed. None is sent again that another route is asked for
+    as well: that decides. Without those it is another call, which may be taken.
     """
+    free = [one for one in inputs if not one.is_pursued]
     failure = final_error(view, inputs, error)
     may_search = view.router.upstreams.budget_of(view.credential).can_retry
     if is_about_size(failure) and len(inputs) > 1:
-        divide(queues, key, inputs, failure)
+        divide(queues, key, free, failure)
     elif culprit is not None:
         fail(view, inputs, failure, culprit)
-        send_rest(queues, key, inputs)
+        send_rest(queues, key, free)
     elif (
         isinstance(failure, PermissionDenied | ScopedQuotaExceeded)
         and len(requests_of(inputs)) > 1
         and may_search
     ):
         view.router.upstreams.budget_of(view.credential).take()
-        send_halves_by_request(queues, key, inputs)
+        send_halves_by_request(queues, key, free)
     elif (
         len(inputs) > 1
         and is_about_some_input(failure)
         and is_worth_a_search(inputs, failure)
         and (may_search or not is_internal_error(failure))
     ):
-        Search(queues, key, view, inputs, failure).begin()
+        if len(free) < len(inputs):
+            queues.add_again(key, free)
+        else:
+            Search(queues, key, view, inputs, failure).begin()
     else:
         fail(view, inputs, failure)
 
@@ -93,6 +105,9 @@ def final_error(
     failure = policy.select_error(one.error for one in inputs[0].failures)
     if failure is None:
         return error or view.unavailable()
+    if failure is not error and failure.index is not None:
+        # It names a place in another call.
+        failure = failure.with_index(None)
     said = failure.refusal
     if isinstance(failure, RateLimited) and said is not None and not said.retry_after:
         for route in view.routes:
@@ -109,7 +124,7 @@ def divide(
 ) -> None:
     """Queue the inputs of a call that was too large, to be sent in smaller ones."""
     # The route may have learned no limit from it: sure is only that this was too much.
-    max_batch = named_batch_limit(error, len(inputs)) or len(inputs) // 2
+    max_batch = named_batch_limit(error, len(inputs)) or max(1, len(inputs) // 2)
     for one in inputs:
         one.max_batch = max_batch
     queues.add_again(key, inputs)
@@ -226,8 +241,7 @@ class Search:
         requests = list(requests_of(inputs))
         self._requests = requests
         self._request = requests[0] if len(requests) == 1 else None
-        # Only where other inputs are taken is it this one that is refused.
-        self._is_proven = self._request is not None and self._request.has_answers
+        self._has_proof = False
         self._is_hopeless = False
         """Whether going on would cost calls for nothing: no single input is to blame."""
         self._unproven = 0
@@ -238,6 +252,11 @@ class Search:
         self._open: set[PendingInput] = set()
         self._failed: list[tuple[Sequence[PendingInput], EmbeddingError]] = []
         self._has_answer = False
+
+    @property
+    def _is_proven(self) -> bool:
+        """Whether other inputs are taken: only then is it this one that is refused."""
+        return self._has_proof or (self._request is not None and self._request.has_answers)
 
     def begin(self) -> None:
         """Begin; where another search for the same request is under way, when that has ended."""
@@ -324,7 +343,7 @@ class Search:
     def _end_round(self) -> None:
         """Both halves are back: look into the first that failed."""
         failed = self._failed
-        self._is_proven = self._is_proven or self._has_answer
+        self._has_proof = self._has_proof or self._has_answer
         if not self._is_proven:
             self._unproven += 1
             is_alike = len({str(error) for _, error in failed}) == 1
@@ -357,7 +376,7 @@ class Search:
             for half in self._held:
                 if request.is_waited_for and request.searches < MAX_SEARCHES:
                     again = Search(self._queues, self._key, self._view, half, self._error)
-                    again._is_proven = self._is_proven
+                    again._has_proof = self._is_proven
                     again.begin()
         else:
             for half in self._held:

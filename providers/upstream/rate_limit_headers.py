@@ -107,6 +107,8 @@ def quantity(text: str) -> float | None:
     >>> quantity("500"), quantity("-1"), quantity("500, 500;w=60"), quantity("nan")
     (500.0, None, None, None)
     """
+    if not text:
+        return None
     text = text.strip()
     return float(text) if _QUANTITY.fullmatch(text) else None
 

@@ -24,6 +24,7 @@ MAX_PAUSE_S = 60.0
 """The longest pause that an upstream can ask for."""
 MAX_PAUSE_WAIT_S = 20.0
 """The longest pause that a call waits for; before a longer one it fails, for the next route."""
+NEVER = float("-inf")
 MAX_MODELS = 1000
 """Models whose learned limits are kept, the most recently used ones."""
 
@@ -93,31 +94,32 @@ class RateLimiter:
         self._queue = asyncio.Lock()  # first in, first out
         self._waiting = {"requests": 0, "tokens": 0}
         self._in_flight = {"requests": 0, "tokens": 0}
-        self.paused_until = float("-inf")
+        self.paused_until = NEVER
         """The end of the pause; `pause` can only move it to a later time."""
 
     @property
     def is_free(self) -> bool:
         """Whether a call need not wait: there is no limit, no pause, and no queue."""
-        is_limited = bool(self._buckets) or self._has_limits
-        return not (is_limited or self._queue.locked() or self.paused_until > self._clock())
+        if self._buckets or self._has_limits or self._queue.locked():
+            return False
+        return self.paused_until == NEVER or self.paused_until <= self._clock()
 
     async def acquire(self, tokens: int, deadline: float | None) -> None:
         """Wait for room for one call of so many tokens, which holds it until `release`.
 
         Raises LocalQueueFull, with the wait, if there is no room before the deadline.
         """
-        cost = {"requests": 1, "tokens": tokens}
         if not self.is_free:
-            await self._wait(cost, deadline)
-        _add(self._in_flight, cost)
+            await self._wait({"requests": 1, "tokens": tokens}, deadline)
+        self._in_flight["requests"] += 1
+        self._in_flight["tokens"] += tokens
 
     def release(self, tokens: int, *, is_unused: bool = False) -> None:
         """Note the end of a call; one that was not made does not count against the limits."""
-        cost = {"requests": 1, "tokens": tokens}
         if is_unused:
-            self._take(cost, -1)
-        _add(self._in_flight, cost, -1)
+            self._take({"requests": 1, "tokens": tokens}, -1)
+        self._in_flight["requests"] -= 1
+        self._in_flight["tokens"] -= tokens
 
     @property
     def wait_s(self) -> float:
@@ -289,7 +291,8 @@ class _Slot:
     async def __aenter__(self) -> None:
         context, queue = self._context, self._provider_queue
         until = context.deadline if context.start_deadline is None else context.start_deadline
-        is_free = all(limiter.is_free for limiter in self._limiters) and not queue.slots.locked()
+        learned, declared = self._limiters
+        is_free = learned.is_free and declared.is_free and not queue.slots.locked()
         try:
             if is_free and queue.connections is None:
                 # There is nothing to wait for, so no timeout is needed.

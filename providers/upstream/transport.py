@@ -13,8 +13,7 @@ import errno
 import socket
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -26,6 +25,7 @@ from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import (
     ConnectionTimeout,
     DeadlineExceeded,
+    EmbeddingError,
     LoopDetected,
     OutOfDescriptors,
     Unreachable,
@@ -77,6 +77,9 @@ class Transport:
         self._timeouts = timeouts
         self._connections = connections
         self._network = network
+        self._connect_timeout = aiohttp.ClientTimeout(
+            total=None, connect=min(timeouts.connect_s, timeouts.total_s)
+        )
         self._session: aiohttp.ClientSession | None = None
         self._under_way: Counter[aiohttp.ClientSession] = Counter()
         self.durations = Histogram()
@@ -97,30 +100,20 @@ class Transport:
             self._base_url, connections=self._connections, headers=self._headers
         )
 
-    @asynccontextmanager
-    async def _lend(self) -> AsyncIterator[aiohttp.ClientSession]:
-        """Give the session for one call; if its connection is cut, later calls get a new session.
+    async def _return(self, session: aiohttp.ClientSession, error: BaseException | None) -> None:
+        """Note the end of a call; if its connection was cut, later calls get a new session.
 
         If one kept connection is stale all may be, and a retry needs a fresh one.
         """
-        session = self._session
-        if session is None:
-            raise RuntimeError("the transport is not open")
-        self._under_way[session] += 1
-        try:
-            yield session
-        except (TimeoutError, aiohttp.ClientConnectorError, ssl.SSLError):
-            raise
-        except (aiohttp.ClientError, OSError, Unreachable):
-            if self._session is session:
-                self._session = self._open()
-            raise
-        finally:
-            self._under_way[session] -= 1
-            if not self._under_way[session]:
-                del self._under_way[session]
-                if session is not self._session:
-                    await session.close()
+        is_own = isinstance(error, TimeoutError | aiohttp.ClientConnectorError | ssl.SSLError)
+        is_cut = isinstance(error, aiohttp.ClientError | OSError | Unreachable) and not is_own
+        if is_cut and self._session is session:
+            self._session = self._open()
+        self._under_way[session] -= 1
+        if not self._under_way[session]:
+            del self._under_way[session]
+            if session is not self._session:
+                await session.close()
 
     async def post(
         self,
@@ -147,53 +140,63 @@ class Transport:
         left = None if context.deadline is None else context.deadline - now
         if left is not None and left <= 0:
             raise DeadlineExceeded("the time of the request was up before it could be sent")
+        session = self._session
+        if session is None:
+            raise RuntimeError("the transport is not open")
         total = self._timeouts.total_s
         longest = total * (1 + EXTRA_SHARE)
+        timeout = self._connect_timeout
         if left is not None and not context.finishes_calls:
             total, longest = min(total, left), min(longest, left)
+            connect = min(self._timeouts.connect_s, total)
+            timeout = aiohttp.ClientTimeout(total=None, connect=connect)
         first_byte = min(self._timeouts.first_byte_s or total, total)
-        connect = min(self._timeouts.connect_s, total)
-        timeout = aiohttp.ClientTimeout(total=None, connect=connect)
         attempt = context.attempt or Attempt()
         attempt.begin(now)
+        self._under_way[session] += 1
+        failure: BaseException | None = None
         try:
-            async with AsyncExitStack() as stack:
-                session = await stack.enter_async_context(self._lend())
-                request = session.post(
+            async with asyncio.timeout_at(now + first_byte):
+                response = await session.post(
                     self._base.join(path),
                     data=_Payload(payload, attempt),
                     headers={**(headers or {}), **hops.headers(), **request_context.headers()},
                     allow_redirects=False,
                     timeout=timeout,
                 )
-                async with asyncio.timeout_at(now + first_byte):
-                    response = await stack.enter_async_context(request)
+            async with response:
                 attempt.has_reply = True
                 attempt.note_life(asyncio.get_running_loop().time())
                 self._check_status(response.status)
-                async with asyncio.timeout_at(now + longest):
-                    body = await self._read(response, limit)
-                return Reply(response.status, response.headers, body)
-        except TimeoutError as error:
-            taken = asyncio.get_running_loop().time() - now
-            if left is not None and taken >= left and not context.finishes_calls:
-                raise DeadlineExceeded("the time of the request was up") from error
-            if isinstance(error, aiohttp.ConnectionTimeoutError):
-                address = self._network.address_of(self._base_url)
-                raise ConnectionTimeout(
-                    self._provider, f"connection timed out to {address}, after {taken:.1f} s"
-                ) from error
-            raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
-        except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
-            if descriptors.is_cause(error):
-                descriptors.warn(f"no connection to {self._provider} can be made")
-                raise OutOfDescriptors from error
-            if is_final(error):
-                raise UpstreamError(self._provider, failure_reason(error)) from error
-            raise Unreachable(self._provider, failure_reason(error)) from error
+                body = await self._read(response, limit, now + longest)
+            return Reply(response.status, response.headers, body)
+        except (TimeoutError, aiohttp.ClientError, ssl.SSLError, OSError) as error:
+            failure = error
+            raise self._error(error, now, None if context.finishes_calls else left) from error
+        except Unreachable as error:
+            failure = error
+            raise
         finally:
             self.durations.observe(asyncio.get_running_loop().time() - now)
             attempt.end()
+            await self._return(session, failure)
+
+    def _error(self, error: BaseException, since: float, left: float | None) -> EmbeddingError:
+        """Return what a call fails with that had so many seconds left, None = any number."""
+        if isinstance(error, TimeoutError):
+            taken = asyncio.get_running_loop().time() - since
+            if left is not None and taken >= left:
+                return DeadlineExceeded("the time of the request was up")
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                address = self._network.address_of(self._base_url)
+                why = f"connection timed out to {address}, after {taken:.1f} s"
+                return ConnectionTimeout(self._provider, why)
+            return UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s")
+        if descriptors.is_cause(error):
+            descriptors.warn(f"no connection to {self._provider} can be made")
+            return OutOfDescriptors()
+        kind = UpstreamError if is_final(error) else Unreachable
+        return kind(self._provider, failure_reason(error))
 
     def _check_status(self, status: int) -> None:
         """Raise UpstreamError or LoopDetected for a status that no upstream answers with itself."""
@@ -208,13 +211,15 @@ class Transport:
                 f" providers.{self._provider}.base_url to the upstream's own address",
             )
 
-    async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, limit: int, deadline: float) -> bytes:
         """Return the decoded body, as long as it keeps coming; stop as soon as it passes `limit`.
 
         Both sizes are bounded, the sent and the decoded one. Between the pieces of a chunk that
         decodes to many, the event loop runs. A body that cannot be decoded is empty where the
-        status says what is wrong. Raises UpstreamError, UpstreamTimeout, Unreachable.
+        status says what is wrong. Raises UpstreamError, UpstreamTimeout, Unreachable, and
+        TimeoutError at `deadline`, a point on the event loop's clock.
         """
+        content = response.content
         window = self._timeouts.min_rate_window_s
         clock = asyncio.get_running_loop().time
         decoder = Decoder(response.headers.get("Content-Encoding", ""))
@@ -222,21 +227,18 @@ class Transport:
         received = before = 0
         end = clock() + window
         try:
-            while not response.content.at_eof():
-                try:
-                    async with asyncio.timeout_at(end) as rest:
-                        chunk = await response.content.readany()
-                except TimeoutError:
-                    if not rest.expired():
-                        raise
-                    chunk = b""
+            while not content.at_eof():
+                chunk = content.read_nowait() or await _wait_for(content, min(end, deadline))
                 received += len(chunk)
                 body.check(received)
                 await body.take(decoder.feed(chunk))
-                if clock() >= end:
+                now = clock()
+                if now >= deadline:
+                    raise TimeoutError
+                if now >= end:
                     if received - before < self._timeouts.min_bytes_per_s * window:
                         raise UpstreamTimeout(self._provider, "the answer arrives too slowly")
-                    before, end = received, clock() + window
+                    before, end = received, now + window
             await body.take(decoder.finish())
         except DecodeError as error:
             if response.status >= 400:
@@ -245,6 +247,17 @@ class Transport:
         except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as error:
             raise Unreachable(self._provider, failure_reason(error, received)) from error
         return b"".join(body.pieces)
+
+
+async def _wait_for(content: aiohttp.StreamReader, until: float) -> bytes:
+    """Return what comes next of a body; nothing if that is not there at a point in time."""
+    try:
+        async with asyncio.timeout_at(until) as limit:
+            return await content.readany()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return b""
 
 
 class _Payload(aiohttp.BytesPayload):

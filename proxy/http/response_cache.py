@@ -19,7 +19,7 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from aiohttp import web
-from embedding_proxy.cache.ledger import Reusable
+from embedding_proxy.cache.cached_hit import Reusable
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 from embedding_proxy.providers.errors import EmbeddingError

@@ -33,9 +33,9 @@ from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 from embedding_proxy.cache import atomic_file
+from embedding_proxy.cache.cached_hit import CountedEmbeddings, Reusable
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.cache.key import part
-from embedding_proxy.cache.ledger import CountedEmbeddings, Reusable
 from embedding_proxy.providers.base import Context, Input, Vector
 from embedding_proxy.providers.billing import Bill
 from embedding_proxy.providers.client_credential import Credential

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from embedding_proxy.cache.ledger import CountedEmbeddings, Usage
+from embedding_proxy.cache.cached_hit import CountedEmbeddings
+from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Input, Outcome, Space, Vector, slices
 from embedding_proxy.providers.errors import InvalidAnswer

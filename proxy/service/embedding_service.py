@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from embedding_proxy.cache.cached_hit import Reusable
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Usage
 from embedding_proxy.cache.tiers import TierCounters
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace

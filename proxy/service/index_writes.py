@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import orjson
+from embedding_proxy.cache.cached_hit import Reusable
 from embedding_proxy.cache.key import Key, Namespace, keyring
-from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import (
     CollectionNames,

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from embedding_proxy.cache.cached_hit import CountedEmbeddings
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
-from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Context, Embedder, Input, Space

@@ -16,9 +16,9 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+from embedding_proxy.cache.cached_hit import CountedEmbeddings
 from embedding_proxy.cache.embedder import is_plain
 from embedding_proxy.cache.key import Keyring, Namespace, keyring
-from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.providers import dimensions, vector
 from embedding_proxy.providers.base import Context, Input, Space, Vector
 from embedding_proxy.providers.billing import Account

@@ -15,7 +15,7 @@ from embedding_proxy.providers.errors import (
 )
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.scheduling.assembly import rows_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.providers.fakes import Kept, Upstream, check, schedule, settle
@@ -151,6 +151,17 @@ async def _play(scheduler, upstream, events):  # noqa: C901 - one branch for eac
     return asked
 
 
+GOOD = Behaviour(bad={}, max_inputs=None, names_limit=False, limited=set())
+IN_THE_TURN_OF_ITS_ANSWER = [
+    ("ask", ["t0"]),
+    ("turn", 3),
+    ("answer", 0),
+    ("turn", 1),
+    ("cancel", 0),
+]
+
+
+@example(GOOD, IN_THE_TURN_OF_ITS_ANSWER, 1, 1)
 @settings(deadline=None, max_examples=300)
 @given(behaviours(), st.lists(EVENTS, max_size=25), st.integers(1, 4), st.integers(1, 10))
 async def test_the_laws_of_the_scheduler(behaviour, events, concurrency, max_inputs):
@@ -173,6 +184,7 @@ async def test_the_laws_of_the_scheduler(behaviour, events, concurrency, max_inp
         assert one.kept.rows.keys() <= set(one.billed)
         if one.task.cancelled():
             assert one.is_gone
+            assert one.kept.rows.keys() == set(one.billed) - bad
             continue
         error = one.task.exception()
         if error is None:
