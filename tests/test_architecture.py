@@ -43,7 +43,9 @@ together told toward under until up upon when where with within without yet
 """
 NOT_NOUNS = frozenset(NOT_NOUNS_WORDS.split())
 """Prepositions, adverbs and irregular participles."""
-NOUNS = {"billing", "embedding", "formatting", "framing", "pending", "routing", "scheduling"}
+NOUNS = {"billing", "embedding", "formatting", "framing", "pending", "routing", "scheduling"} | {
+    "spending"
+}
 """Nouns that look like participles; `pending` is the field's word for what waits."""
 TERMS = {"blocking", "in_flight"}
 """The field's own terms: blocking calls, requests in flight."""

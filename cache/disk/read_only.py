@@ -75,6 +75,7 @@ def read_ledger(
     by: Sequence[ledger.By],
     max_lines: int | None = None,
     preferred: Mapping[ledger.By, Collection[str]] = MappingProxyType({}),
+    lines: ledger.LedgerFilter = ledger.ALL_LINES,
 ) -> list[ledger.Line]:
     """Return the sums of a store's file (see `ledger_reader.read`), by a connection of its own.
 
@@ -83,7 +84,7 @@ def read_ledger(
     with contextlib.closing(_connect(path, "mode=ro")) as connection:
         if not ledger_reader.copies_agree(connection.execute):
             raise sqlite3.DatabaseError(LEDGER_DAMAGED)
-        return ledger_reader.read(connection.execute, by, max_lines, preferred)
+        return ledger_reader.read(connection.execute, by, max_lines, preferred, lines)
 
 
 class ReadOnlyFile:

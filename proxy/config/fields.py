@@ -62,6 +62,13 @@ def _host_name(value: str) -> str:
     return value
 
 
+def _host_and_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ValueError("expected an address like 127.0.0.1:9100 or [::1]:9100")
+    return f"{_host_name(host)}:{int(port)}"
+
+
 CacheMode = Annotated[Mode, BeforeValidator(_off)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
@@ -72,6 +79,8 @@ WebOrigin = Annotated[str, AfterValidator(_web_origin)]
 FilePath = Annotated[Path, BeforeValidator(_absolute)]
 """An absolute path, made of what the file says."""
 HostName = Annotated[str, AfterValidator(_host_name)]
+HostPort = Annotated[str, AfterValidator(_host_and_port)]
+"""A host, and a port behind a colon; IPv6 in brackets."""
 HttpUrl = Annotated[str, AfterValidator(addresses.http_url)]
 BaseUrl = Annotated[str, AfterValidator(addresses.base_url)]
 ProxyUrl = Annotated[str, AfterValidator(addresses.proxy_url)]

@@ -13,14 +13,23 @@ Texts that are embedded for these are not indexed.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
+from embedding_proxy.cache.ledger import (
+    MAX_LEDGER_KEYS,
+    NOTHING,
+    By,
+    LedgerFilter,
+    LedgerKey,
+    Line,
+    Reusable,
+    Usage,
+)
 from embedding_proxy.cache.tiers import TierCounters
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
@@ -180,6 +189,10 @@ class EmbeddingService(SearchMixin):
         self.drift_check: DriftCheck | None = None
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
+        self.namespaces: Callable[[], Iterable[str]] = lambda: [
+            key.namespace for key in settings.server.keys
+        ]
+        """Gives those that are configured: they come first in the ledger."""
         self._stack = AsyncExitStack()
         self._storage = storage
 
@@ -209,7 +222,9 @@ class EmbeddingService(SearchMixin):
         """Open the store and the providers. Raises StoreError if the directory cannot be used."""
         cache = self.settings.cache
         async with AsyncExitStack() as stack:
-            self._storage = await stack.enter_async_context(self._storage or Storage(cache))
+            self._storage = await stack.enter_async_context(
+                self._storage or Storage(cache, self.settings.server.workers)
+            )
             store, tiers = self._storage.store, self._storage.tiers
             # Frozen, whoever would ask a provider finds none that could be paid.
             providers = {}
@@ -223,6 +238,7 @@ class EmbeddingService(SearchMixin):
                 self._storage.learned,
                 self._storage.in_flight.successor(),
                 sleep=self._sleep,
+                spending=self._storage.spending,
             )
             stack.push_async_callback(self._registry.close)
             client_keys = None
@@ -272,11 +288,23 @@ class EmbeddingService(SearchMixin):
         """
         if self._storage is None:
             return None
-        server = self.settings.server
-        namespaces = ["", drift_check.NAMESPACE, *(key.namespace for key in server.keys)]
+        namespaces = ["", drift_check.NAMESPACE, *self.namespaces()]
         named = {By.MODEL: list(self.settings.models), By.NAMESPACE: namespaces}
         preferred = {column: names for column, names in named.items() if column in by}
         return await self._storage.store.ledger(by, MAX_LEDGER_KEYS, preferred)
+
+    async def client_ledger(self, client: str) -> Usage | None:
+        """Return the sums of a client since ever; None while the ledger cannot be read."""
+        if self._storage is None:
+            return None
+        lines = await self._storage.store.ledger([], lines=LedgerFilter(client))
+        return None if lines is None else next((usage for _, usage in lines), NOTHING)
+
+    async def billed(self, caller: Client) -> int:
+        """Return the nanodollars that a client with a budget was billed in the present period."""
+        if self._storage is None or caller.limit is None:
+            return 0
+        return await self._storage.spending.billed(caller.client, caller.limit)
 
     @property
     def models(self) -> Mapping[str, Model]:

@@ -73,7 +73,7 @@ class EmbeddingPipeline:
         width = _width(model, request)
         space = _space(model, request)
         allowed = to_cache_policy(self._settings.cache.mode, control)
-        account = Account(request.model, caller.client, model.price)
+        account = Account(request.model, caller.client, model.price, caller.limit)
         inputs, namespace = request.inputs, caller.namespace
         embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
         if embedded is None or embedded.cached_hit is None:
@@ -100,7 +100,7 @@ class EmbeddingPipeline:
         async def make_context(one: Model, by: float) -> tuple[Sequence[Input], Context]:
             begun = asyncio.get_running_loop().time()
             inputs, weigh = await prepare(request.inputs, one, allow_oversize=server.allow_oversize)
-            account = Account(request.model, caller.client, one.price)
+            account = Account(request.model, caller.client, one.price, caller.limit)
             neutral = _neutral(one, request)
             return inputs, Context(
                 by,
