@@ -93,11 +93,12 @@ class Authenticator:
         self._admissions = {self._place(one.digest): one for one in (*new, *self._own)}
         return was_open or any(self._admissions.get(place) != one for place, one in former.items())
 
-    @property
-    def next_expiry(self) -> float:
-        """When the next key expires, in seconds since 1970; infinite if none does."""
-        now = self._clock()
-        times = (one.expires for one in self._admissions.values() if one.expires > now)
+    def next_expiry(self, start: float) -> float:
+        """Return the first time beyond `start` at which a key expires; infinite if none does.
+
+        In seconds since 1970.
+        """
+        times = (one.expires for one in self._admissions.values() if one.expires > start)
         return min(times, default=_NO_END)
 
     @property
@@ -191,10 +192,12 @@ class KeysWatch:
                 await task
 
     async def _watch(self) -> None:
+        start = time.time()
         while True:
-            expiry = self._access.next_expiry
+            expiry = self._access.next_expiry(start)
             await asyncio.sleep(min(WATCH_S, max(0.0, expiry - time.time())))
             if expiry <= time.time():
+                start = time.time()
                 self._forget()
             await self.look()
 
