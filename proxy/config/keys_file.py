@@ -32,6 +32,7 @@ MAX_NAME = 100
 MAX_USD = 1e6
 LOCK_S = 10.0
 """Seconds to wait for another command that changes the file."""
+_MISSING = (FileNotFoundError, NotADirectoryError)
 _KEY = re.compile(rf"{PREFIX}[0-9a-f]{{64}}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LIMIT = re.compile(r"\s*(\d{1,7}(?:\.\d{1,9})?)\s*(?:/\s*([a-z]+))?\s*")
@@ -150,7 +151,7 @@ class KeysFile:
         self._seen = self._state()
         try:
             text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except _MISSING:
             return None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{self.path}: is not UTF-8 text; save it as UTF-8") from error
@@ -186,7 +187,7 @@ class KeysFile:
     def _state(self) -> tuple[int, ...] | None:
         try:
             state = self.path.stat()
-        except FileNotFoundError:
+        except _MISSING:
             return None
         return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 

@@ -31,6 +31,18 @@ WATCH_S = 1.0
 _NO_END = float("inf")
 
 
+def _refusal(message: str) -> Failure:
+    return Failure(401, message, "invalid_request_error", None, "invalid_api_key")
+
+
+_NO_KEY = _refusal(
+    "You didn't provide an API key: send one of this proxy's keys in the header `Authorization:"
+    " Bearer KEY`."
+)
+_UNKNOWN = _refusal("Incorrect API key provided: it is none of this proxy's keys.")
+_EXPIRED = _refusal("Incorrect API key provided: it has expired.")
+
+
 class _Admission(NamedTuple):
     digest: bytes
     client: Client
@@ -116,26 +128,12 @@ class Authenticator:
             return Client(is_admin=True)
         keys = [key for key in (_bearer(authorization or ""), *others) if key]
         if not keys:
-            return Failure(
-                401,
-                "You didn't provide an API key: send one of this proxy's keys in the header"
-                " `Authorization: Bearer KEY`.",
-                "invalid_request_error",
-                None,
-                "invalid_api_key",
-            )
+            return _NO_KEY
         found = [one for key in keys if (one := self._known(key)) is not None]
         valid = [one for one in found if self._clock() < one.expires]
         if valid:
             return valid[0].client
-        why = "it has expired" if found else "it is none of this proxy's keys"
-        return Failure(
-            401,
-            f"Incorrect API key provided: {why}.",
-            "invalid_request_error",
-            None,
-            "invalid_api_key",
-        )
+        return _EXPIRED if found else _UNKNOWN
 
     def has_metrics_token(self, authorization: str | None) -> bool:
         """Tell whether a request holds the token of `server.metrics_token`, which is no key."""
