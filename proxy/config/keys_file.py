@@ -156,7 +156,7 @@ class KeysFile:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{self.path}: is not UTF-8 text; save it as UTF-8") from error
         try:
-            file = yaml_file.parse(text)
+            file = yaml_file.parse(text, is_generated=True)
         except YamlError as error:
             place = f"{self.path}:{error.line}" if error.line else str(self.path)
             raise ConfigError(f"{place}: {error}") from error

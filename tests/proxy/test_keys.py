@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_a_key_is_256_random_bits_and_its_digest_is_what_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("keys: [", ":1: "),
+        ("keys: [", ": "),
         ("keys: 5", ":1: keys: expected a list"),
         ("[]", ": keys: expected a list"),
         ("keys:\n- 5", ":2: keys.0: expected keys with values"),
@@ -537,11 +538,11 @@ async def test_no_key_comes_out_anywhere(team, upstream, tmp_path, caplog):
 
 
 @contextmanager
-def _running(tmp_path, config, workers=2):
+def _running(tmp_path, config, workers=2, *options):
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config))
-    command = [sys.executable, "-m", "embedding_proxy", "serve", "--port", "0"]
-    command += ["--workers", str(workers), "--config", str(file)]
+    command = [sys.executable, "-m", "embedding_proxy", "serve"]
+    command += ["--workers", str(workers), "--config", str(file), *(options or ("--port", "0"))]
     with (
         (tmp_path / "log").open("wb") as log,
         subprocess.Popen(
@@ -650,3 +651,60 @@ def test_prometheus_has_an_address_of_its_own(workers, tmp_path):
         assert f"cannot listen on 127.0.0.1:{port}" in (tmp_path / "log").read_text()
         parent.send_signal(signal.SIGTERM)
         assert parent.wait(30) == 0
+
+
+def test_the_address_of_metrics_is_handed_over(tmp_path):
+    """A new process takes it over with the port for clients; it is open all the time."""
+    ports = own_port(), own_port()
+    server = {"port": ports[0], "metrics_listen": f"127.0.0.1:{ports[1]}"}
+    config = {"cache": {"directory": str(tmp_path / "cache")}, "server": server}
+
+    def scrape():
+        with urlopen(f"http://127.0.0.1:{ports[1]}/livez", timeout=20) as reply:
+            return reply.status
+
+    options = ("--port", str(ports[0]))
+    with _running(tmp_path, config, 1, *options) as (first, url):
+        assert (url, scrape()) == (f"http://127.0.0.1:{ports[0]}/v1", 200)
+        with _running(tmp_path, config, 1, *options, "--take-over") as (second, other):
+            assert other == url
+            while first.poll() is None:
+                assert scrape() == 200
+            assert (first.returncode, scrape()) == (0, 200)
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(30) == 0
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("server", "told"),
+    [
+        ({"metrics_listen": "9100"}, "server.metrics_listen: expected an address like"),
+        ({"metrics_listen": "h:99999"}, "server.metrics_listen: expected an address like"),
+        ({"metrics_listen": "a/b:1"}, "server.metrics_listen: expected a host name"),
+        ({"metrics_token": "Bearer x"}, "server.metrics_token: holds more than the key"),
+        ({"metrics_token": "k", "keys": ["k"]}, "server.metrics_token: is the key of server.keys"),
+    ],
+)
+def test_mistakes_of_the_configuration(server, told, tmp_path, command):
+    """They are told with file, line and key."""
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"server": server}, indent=1))
+    done = command("config", "show", "--config", file)
+    assert done.code == 2
+    assert re.search(rf"{re.escape(str(file))}:\d: {told}", done.err)
+
+
+def test_the_token_of_metrics_is_shown_as_a_reference(tmp_path, command, monkeypatch):
+    """As a key is; and commands that open no port do without its variable."""
+    file = tmp_path / "config.yaml"
+    for token, shown in (("a-token-in-the-file", "${METRICS_TOKEN}"), ("${PROM}", "${PROM}")):
+        file.write_text(json.dumps({"server": {"metrics_token": token}}))
+        told = command("config", "show", "--json", "--config", file)
+        assert told.json["settings"]["server"]["metrics_token"] == shown
+        assert "a-token-in-the-file" not in told.out
+    assert command("keys", "list", "--config", file).code == 0
+    done = command("serve", "--port", "0", "--config", file)
+    assert (done.code, "the variable PROM is not set" in done.err) == (2, True)
