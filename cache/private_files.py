@@ -21,7 +21,7 @@ _OF_OTHERS = 0o077
 """The bits that let the group and everybody else in."""
 
 _OWN_NAMES = re.compile(
-    r"v\d+$|v\d+\.|writer\.lock|index-outbox|index-sender|migrations$|keys\.yaml"
+    r"v\d+$|v\d+\.|writer\.lock|index-outbox|index-sender|migrations$|metrics$|keys\.yaml"
 )
 """How the names begin of what the proxy puts into a cache directory; other files are not ours."""
 

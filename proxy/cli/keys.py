@@ -160,6 +160,10 @@ def rotate_key(
             return keys_file.rotated(keys, name, key, now, timedelta(hours=grace))
         except KeyError as error:
             raise _unknown(name, settings) from error
+        except ValueError as error:
+            raise WrongUsage(
+                f"the key of {name} has expired; revoke it, and add another"
+            ) from error
 
     _change(settings, edit)
     _print_key(settings, key)

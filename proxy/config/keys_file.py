@@ -304,11 +304,14 @@ def rotated(
     """Return keys in which a new key of a name has the settings of its newest one.
 
     The others of that name expire after the grace period at the latest. Raises KeyError for a
-    name that has no key.
+    name that has no key, and ValueError where the newest one has expired: so would the new one.
     """
     own = [one for one in keys if one.name == name]
     if not own:
         raise KeyError(name)
+    newest = max(own, key=lambda one: one.created)
+    if not newest.is_valid(now):
+        raise ValueError(name)
     end = now + grace
     old = [
         replace(one, expires=end if one.expires is None else min(one.expires, end))
@@ -316,6 +319,5 @@ def rotated(
         else one
         for one in keys
     ]
-    newest = max(own, key=lambda one: one.created)
     kept = [one for one in old if one.name != name or one.is_valid(now)]
     return [*kept, replace(newest, digest=digest(key), created=now)]

@@ -34,7 +34,7 @@ class Spending:
         self._store = store
         self._workers = workers
         self._clock = clock
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, _ClientSpending] = {}
 
     async def billed(self, name: str, limit: SpendingLimit) -> int:
         """Return the nanodollars that a client was billed in the present period.
@@ -76,7 +76,9 @@ class Spending:
             client.reserved -= amount
             client.is_released.set()
 
-    async def _fits(self, client: "_Client", name: str, limit: SpendingLimit, amount: int) -> bool:
+    async def _fits(
+        self, client: "_ClientSpending", name: str, limit: SpendingLimit, amount: int
+    ) -> bool:
         # Taken before the sums are read: what ends meanwhile counts twice then, and never not.
         client.is_released.clear()
         is_alone, reserved = not client.purchases, client.reserved
@@ -90,11 +92,11 @@ class Spending:
         share = (limit.nanodollars - billed) / self._workers
         return is_alone or (amount > 0 and reserved + amount <= share)
 
-    def _client(self, name: str) -> "_Client":
-        return self._clients.setdefault(name, _Client())
+    def _client(self, name: str) -> "_ClientSpending":
+        return self._clients.setdefault(name, _ClientSpending())
 
 
-class _Client:
+class _ClientSpending:
     """One client's purchases in this process."""
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -142,6 +143,8 @@ def test_a_rotation_keeps_settings_and_ends_the_old_keys():
     assert again[1].expires is None
     with pytest.raises(KeyError):
         keys_file.rotated(keys, "carol", "ep-z", NOW, timedelta())
+    with pytest.raises(ValueError, match="alice"):
+        keys_file.rotated([gone], "alice", "ep-z", NOW, timedelta())
 
 
 # Who is let in
@@ -606,7 +609,15 @@ async def test_each_command_takes_effect_on_all_workers(tmp_path, upstream):
             _until_all(url, alice, "a b", 401)
             _until_all(url, new, "a b", 200)
             _until_all(url, new, "e f", 429)
-            guest = _keys(tmp_path, "add", "guest", "--expires", "0.00003")
+            guest = _keys(tmp_path, "add", "guest", "--expires", "30")
+            _until_all(url, guest, "a b", 200)
+            # As if the thirty days had passed.
+            KeysFile(tmp_path / "cache" / "keys.yaml").change(
+                lambda keys: [
+                    replace(key, expires=datetime.now(UTC)) if key.name == "guest" else key
+                    for key in keys
+                ]
+            )
             _until_all(url, guest, "a b", 401)
             _keys(tmp_path, "revoke", "alice")
             _until_all(url, new, "a b", 401)
