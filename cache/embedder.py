@@ -410,7 +410,7 @@ def _take_joined(request: _Request, indices: dict[Key, int], joins: Mapping[Key,
         if entry is None and fetch not in failed:
             error = fetch.task.exception()
             if isinstance(error, EmbeddingError) and fetch.is_leader_specific(
-                error, wanted, request.context.credential
+                error, wanted, request.context
             ):
                 failed.add(fetch)
             else:

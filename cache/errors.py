@@ -1,4 +1,4 @@
-"""Errors of the cache: inputs that may not be bought, and inputs that a provider rejects."""
+"""Errors of the cache: what may not be bought, and inputs that a provider rejects."""
 
 import math
 from collections.abc import Sequence
@@ -35,6 +35,14 @@ class NotCached(InvalidRequest):
             code="not_cached",
             index=missing[0],
         )
+
+
+class BudgetExceeded(InvalidRequest):
+    """The client has spent its budget, so nothing is bought for it. It says nothing of others."""
+
+    def __init__(self, message: str) -> None:
+        code = "insufficient_quota"
+        super().__init__(message, status=429, kind=code, code=code)
 
 
 def name_input(failure: EmbeddingError, index: int, inputs: int) -> EmbeddingError:

@@ -17,7 +17,6 @@ from typing import Any, Generic, TypeVar
 
 from embedding_proxy.providers.base import Context, Embedded, Embedder, Input
 from embedding_proxy.providers.billing import Bill
-from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import (
     ClientKeyRefused,
     DeadlineExceeded,
@@ -30,6 +29,7 @@ from embedding_proxy.providers.errors import (
     UpstreamTimeout,
 )
 
+from .errors import BudgetExceeded
 from .key import Key, Keyring
 from .ledger import NOTHING, Usage, charge_usage, ledger_key
 from .record import Entry
@@ -82,21 +82,20 @@ class SharedTask(Generic[K, T]):
                 self.task.cancel()
 
     def is_leader_specific(
-        self, error: EmbeddingError, wanted: Collection[K], credential: Credential | None
+        self, error: EmbeddingError, wanted: Collection[K], context: Context
     ) -> bool:
         """Tell whether it failed for a reason that need not hold for one who waited for it.
 
         What was refused may be another's input that was bought along; or the leader's time was up;
-        or its own key is refused, or has used up its limits. `credential` is that of who waited.
+        or its own key is refused, or has used up its limits. `context` is that of who waited.
         """
-        if self.context.credential != credential and isinstance(
-            error, NoProviderAvailable | ClientKeyRefused | ProviderError
-        ):
+        if self._is_of_client(error, context):
             return True
         if self.failed_key is not None:
             return self.failed_key not in wanted
         if isinstance(error, InvalidRequest | PermissionDenied | ScopedQuotaExceeded):
-            return not set(self.keys) <= set(wanted)
+            # A budget is about no input.
+            return not (isinstance(error, BudgetExceeded) or set(self.keys) <= set(wanted))
         if self.abandonment.done():
             # It was joined after everybody had gone, and was not asked for again when it failed.
             return True
@@ -104,6 +103,14 @@ class SharedTask(Generic[K, T]):
             now, deadline = asyncio.get_running_loop().time(), self.context.deadline
             return deadline is not None and deadline <= now + _TICK
         return False
+
+    def _is_of_client(self, error: EmbeddingError, context: Context) -> bool:
+        """Tell whether it failed for what is the leader's client's own: its budget, or its key."""
+        if isinstance(error, BudgetExceeded):
+            return self.context.account.client != context.account.client
+        is_other_key = self.context.credential != context.credential
+        failures = NoProviderAvailable | ClientKeyRefused | ProviderError
+        return is_other_key and isinstance(error, failures)
 
 
 class Fetch(SharedTask[Key, None]):

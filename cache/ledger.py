@@ -77,9 +77,24 @@ class LedgerKey(NamedTuple):
         return LedgerKey(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
 
 
+class LimitedLedgerKey(LedgerKey):
+    """The key of a line that a client's budget is held to: its `rest` keeps the client, too.
+
+    It equals a LedgerKey of the same fields.
+    """
+
+    __slots__ = ()
+
+    @property
+    def rest(self) -> LedgerKey:
+        """As in a LedgerKey; the clients with budgets come from the configuration."""
+        return LimitedLedgerKey(*super().rest)._replace(client=self.client)
+
+
 def ledger_key(partition: Partition, account: Account, provider: str = "") -> LedgerKey:
     """Return the key under which inputs of a request, or a provider's charge, are counted."""
-    return LedgerKey(partition, account.model, provider, account.client)
+    kind = LedgerKey if account.limit is None else LimitedLedgerKey
+    return kind(partition, account.model, provider, account.client)
 
 
 def charge_usage(bill: Bill) -> Usage:
@@ -97,6 +112,17 @@ class By(enum.StrEnum):
     NAMESPACE = "namespace"
     SPACE = "space"
 
+
+class LedgerFilter(NamedTuple):
+    """Which lines of the ledger are summed."""
+
+    client: str | None = None
+    """None = those of all clients."""
+    first_day: int = 0
+    """Days since 1970, UTC."""
+
+
+ALL_LINES = LedgerFilter()
 
 Line: TypeAlias = tuple[tuple[Any, ...], Usage]
 """The values of the grouped columns, and their sums."""

@@ -26,7 +26,7 @@ _OF_OTHERS = 0o077
 _WRITABLE_BY_OTHERS = 0o022
 
 _OWN_NAMES = re.compile(
-    r"v\d+$|v\d+\.|writer\.lock|index-outbox|index-sender|migrations$|metrics$|control-"
+    r"v\d+$|v\d+\.|writer\.lock|index-outbox|index-sender|migrations$|metrics$|control-|keys\.yaml"
 )
 """How the names begin of what the proxy puts into a cache directory; other files are not ours."""
 

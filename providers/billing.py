@@ -6,12 +6,36 @@ a model at $0.005 per million costs five of them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from datetime import UTC, datetime
+from typing import Literal, NamedTuple, TypeAlias
 
 NANO = 1_000_000_000
 """Nanodollars a dollar."""
 MAX_NANODOLLARS = 1 << 50
 """About a million dollars: no call costs more, whatever it says."""
+
+
+Period: TypeAlias = Literal["day", "month", "ever"]
+"""Of UTC's calendar."""
+_DAY_S = 86_400
+
+
+class SpendingLimit(NamedTuple):
+    """What the purchases of a client may cost."""
+
+    nanodollars: int
+    period: Period = "ever"
+
+    def first_day(self, now: float) -> int:
+        """Return the day on which the period began that holds a time, in days since 1970.
+
+        >>> SpendingLimit(1, "month").first_day(20_000.5 * 86_400)
+        19997
+        """
+        day = int(now // _DAY_S)
+        if self.period == "month":
+            day -= datetime.fromtimestamp(now, UTC).day - 1
+        return 0 if self.period == "ever" else day
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +48,8 @@ class Account:
     """The name of the client's key; empty where none is asked for."""
     price: float = 0.0
     """The model's list price in USD per million tokens: what is saved when nothing is bought."""
+    limit: SpendingLimit | None = None
+    """What the client's purchases may cost; None = any amount."""
 
 
 NOBODY = Account()

@@ -87,6 +87,7 @@ SLOW = {
     "test_fallback",
     "test_forms",
     "test_indexing",
+    "test_keys",
     "test_learned",
     "test_ledger",
     "test_limits",

@@ -45,7 +45,7 @@ NOT_NOUNS = frozenset(NOT_NOUNS_WORDS.split())
 """Prepositions, adverbs and irregular participles."""
 NOUNS = {
     *("billing", "embedding", "formatting", "framing", "pending", "routing", "scheduling"),
-    "tracing",
+    *("spending", "tracing"),
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
 TERMS = {"blocking", "in_flight"}

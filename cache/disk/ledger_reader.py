@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 from embedding_proxy.cache.key import OTHER, OTHER_NAMESPACE
-from embedding_proxy.cache.ledger import By, Line, Usage
+from embedding_proxy.cache.ledger import ALL_LINES, By, LedgerFilter, Line, Usage
 
 from .schema import Sql
 
@@ -24,8 +24,11 @@ def read(
     by: Sequence[By],
     max_lines: int | None = None,
     preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
+    lines: LedgerFilter = ALL_LINES,
 ) -> list[Line]:
     """Return the sums on disk by what is named in `by`, in that order; days count from 1970, UTC.
+
+    Of the lines that `lines` names, which are all by default.
 
     With `max_lines`, the lines beyond so many are summed under OTHER, one for each provider and
     day. First come those whose names are all among the `preferred` ones, then those that were
@@ -37,14 +40,21 @@ def read(
     names = ", ".join(by)
     sums = ", ".join(f"sum({name}) AS {name}" for name in Usage._fields)
     groups = f" GROUP BY {names}" if by else ""
-    table = f"FROM Usage LEFT JOIN Partitions ON id = partition{groups}"
+    values: dict[str, Any] = {"first_day": lines.first_day}
+    condition = "day >= :first_day"
+    if lines.client is not None:
+        values["client"] = lines.client
+        condition += " AND client = :client"
+    table = f"FROM Usage LEFT JOIN Partitions ON id = partition WHERE {condition}{groups}"
     order = f" ORDER BY {names}" if by else ""
     statement = f"SELECT {', '.join((*by, sums))} {table}{order}"
-    values: dict[str, Any] = {}
     if by and max_lines is not None:
-        terms = [f"{column} IN (SELECT value FROM json_each(:{column}))" for column in preferred]
-        values = {
-            column.value: orjson.dumps(list(preferred[column])).decode() for column in preferred
+        terms = [
+            f"{column} IN (SELECT value FROM json_each(:{column}_names))" for column in preferred
+        ]
+        values |= {
+            f"{column}_names": orjson.dumps(list(preferred[column])).decode()
+            for column in preferred
         }
         rank = f"({' AND '.join(terms) or '1'}) DESC, first_day, {names}"
         values["max_lines"] = max_lines

@@ -80,15 +80,17 @@ def read_ledger(
     by: Sequence[ledger.By],
     max_lines: int | None = None,
     preferred: Mapping[ledger.By, Collection[str]] = MappingProxyType({}),
+    lines: ledger.LedgerFilter = ledger.ALL_LINES,
 ) -> list[ledger.Line]:
     """Return the sums of a store's file (see `ledger_reader.read`), by a connection of its own.
 
-    Raises sqlite3.DatabaseError also where the two copies of the sums disagree.
+    Raises sqlite3.DatabaseError also where the two copies of the sums disagree. They are compared
+    where all lines are read: a budget reads its client's before each purchase.
     """
     with contextlib.closing(_connect(path, "mode=ro")) as connection:
-        if not ledger_reader.copies_agree(connection.execute):
+        if lines == ledger.ALL_LINES and not ledger_reader.copies_agree(connection.execute):
             raise sqlite3.DatabaseError(LEDGER_DAMAGED)
-        return ledger_reader.read(connection.execute, by, max_lines, preferred)
+        return ledger_reader.read(connection.execute, by, max_lines, preferred, lines)
 
 
 class ReadOnlyFile:

@@ -31,7 +31,15 @@ from embedding_proxy.cache.disk.salvager import Salvager
 from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord, Use, WriteBatch
 from embedding_proxy.cache.disk.writer import Writer
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Usage
+from embedding_proxy.cache.ledger import (
+    ALL_LINES,
+    MAX_LEDGER_KEYS,
+    By,
+    LedgerFilter,
+    LedgerKey,
+    Line,
+    Usage,
+)
 
 from . import purge
 
@@ -210,6 +218,7 @@ class Store:
         by: Sequence[By],
         max_lines: int | None = None,
         preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
+        lines: LedgerFilter = ALL_LINES,
     ) -> list[Line] | None:
         """Return the sums on disk, see `ledger_reader`; None if they cannot be read. Never raises.
 
@@ -219,7 +228,7 @@ class Store:
         for is_last_try in (False, True):
             file = self._disk.file
             try:
-                return await asyncio.to_thread(read_ledger, path, by, max_lines, preferred)
+                return await asyncio.to_thread(read_ledger, path, by, max_lines, preferred, lines)
             except FAILURES as error:
                 if is_last_try or file is None or not is_damage(error):
                     log.warning("the ledger cannot be read: %s", error)

@@ -169,6 +169,20 @@ config_app = group(
     },
 )
 
+keys_app = group(
+    "Make, list, replace and revoke the keys that clients send.",
+    {
+        "add": Place(
+            "keys", "Make a key for a client, and print it: it is not shown a second time."
+        ),
+        "list": Place("keys", "Show the keys of the file, and what of their budgets is spent."),
+        "revoke": Place("keys", "Let the keys of a name in no longer."),
+        "rotate": Place(
+            "keys", "Make a new key for a name, and print it; the old one is valid for a while."
+        ),
+    },
+)
+
 OTHERS = {
     "check": Place(
         "check",

@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .groups import OTHERS, cache_app, config_app, group, index_app, migrate_app
+from .groups import OTHERS, cache_app, config_app, group, index_app, keys_app, migrate_app
 from .imports import EXIT_CODE, importing
 from .output import ConfigOption, discard_unwritten, fail, handle_failures
 
@@ -39,6 +40,7 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(index_app, name="index")
 app.add_typer(migrate_app, name="migrate")
 app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
@@ -118,7 +120,13 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
             "cache.mode is %s: %s", settings.cache.mode, MODES[settings.cache.mode]
         )
     directory = settings.cache.directory
-    with server.take_over(settings) if take_over else server.listen(settings) as listening:
+    with ExitStack() as stack:
+        if take_over:
+            sockets = server.take_over(settings)
+        else:
+            sockets = [server.listen(settings), *server.listen_metrics(settings)]
+        listening, *others = map(stack.enter_context, sockets)
+        metrics_socket = others[0] if others else None
         path = control.socket_path(directory, listening.getsockname()[1])
 
         def announce() -> "control.Listener | None":
@@ -134,12 +142,20 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
             settings: "Settings", ready: "server.Announce", channel: "socket.socket | None" = None
         ) -> signal.Signals:
             with handle_failures():
-                return _run(server.serve(settings, listening, ready, load, channel=channel))
+                served = server.serve(
+                    settings,
+                    listening,
+                    ready,
+                    load,
+                    channel=channel,
+                    metrics_socket=metrics_socket,
+                )
+                return _run(served)
 
         if settings.server.workers == 1:
             told = work(settings, announce)
         else:
-            told = Supervisor(settings, listening, work, load).run(announce)
+            told = Supervisor(settings, listening, work, load, *others).run(announce)
     if told is signal.SIGINT:
         raise typer.Exit(EXIT_CODE)
 

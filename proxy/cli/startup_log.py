@@ -6,10 +6,12 @@ from importlib import metadata
 
 from embedding_proxy.cache.maintenance.stats import read_size
 from embedding_proxy.providers import descriptors, local, registry
+from embedding_proxy.proxy.config.keys_file import KeysFile
 from embedding_proxy.proxy.config.loader import ConfigError, Configuration
 from embedding_proxy.proxy.config.own_address import check_own_address
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import tls
+from embedding_proxy.proxy.http.auth import read_keys
 from embedding_proxy.proxy.service.provider_factory import check_network, key_of
 from embedding_proxy.proxy.service.storage import GIB
 
@@ -36,10 +38,11 @@ def check_open_files() -> None:
 def check_environment(configuration: Configuration) -> None:
     """Raise ConfigError with all that is wrong beside the file: keys, proxies, the own address."""
     problems: list[str] = []
-    try:
-        check_own_address(configuration)
-    except ConfigError as error:
-        problems += error.problems
+    for check in (check_own_address, _check_keys):
+        try:
+            check(configuration)
+        except ConfigError as error:
+            problems += error.problems
     settings = configuration.settings
     if settings.server.tls is not None and (found := tls.problem(settings.server.tls)) is not None:
         key, message = found
@@ -59,6 +62,14 @@ def check_environment(configuration: Configuration) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
+
+
+def _check_keys(configuration: Configuration) -> None:
+    """Raise ConfigError for a file of clients' keys that is named and lacks, or has mistakes."""
+    settings = configuration.settings
+    if read_keys(KeysFile(settings.keys_path)) is None and settings.server.keys_file is not None:
+        missing = "there is no such file; make it with `embedding-proxy keys add NAME`"
+        raise ConfigError(configuration.problem(("server", "keys_file"), missing))
 
 
 def report(settings: Settings) -> None:

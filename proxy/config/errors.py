@@ -22,7 +22,7 @@ _WORD = re.compile(r"\S+")
 _TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
 _PART = re.compile(r"[A-Za-z0-9]+")
 _PREFIXES = re.compile(
-    r"(?:sk|pk|rk|gsk|xai|nvapi|pa)-[\w-]{6,}|(?:sk|pk|rk|gsk|hf|jina|fw|tgp|ghp|glpat|r8)_\w{6,}"
+    r"(?:ep|sk|pk|rk|gsk|xai|nvapi|pa)-[\w-]{6,}|(?:sk|pk|rk|gsk|hf|jina|fw|tgp|ghp|glpat|r8)_\w{6,}"
     r"|AIza[\w-]{10,}|AKIA[A-Z0-9]{8,}|eyJ[\w-]{8,}"
 )
 _JWT = re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]{6,}){1,2}")

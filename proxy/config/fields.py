@@ -80,6 +80,13 @@ def _holds_certificates(value: Path, info: ValidationInfo) -> Path:
     return value
 
 
+def _host_and_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ValueError("expected an address like 127.0.0.1:9100 or [::1]:9100")
+    return f"{_host_name(host)}:{int(port)}"
+
+
 CacheMode = Annotated[Mode, BeforeValidator(_off)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
@@ -91,6 +98,8 @@ FilePath = Annotated[Path, BeforeValidator(_absolute)]
 """An absolute path, made of what the file says."""
 CertificateFile = Annotated[FilePath, AfterValidator(_holds_certificates)]
 HostName = Annotated[str, AfterValidator(_host_name)]
+HostPort = Annotated[str, AfterValidator(_host_and_port)]
+"""A host, and a port behind a colon; IPv6 in brackets."""
 HttpUrl = Annotated[str, AfterValidator(addresses.http_url)]
 BaseUrl = Annotated[str, AfterValidator(addresses.base_url)]
 ProxyUrl = Annotated[str, AfterValidator(addresses.proxy_url)]

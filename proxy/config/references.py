@@ -18,10 +18,11 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*
 Purpose = Literal["serve", "embed", "inspect"]
 """What a configuration is read for: `serve` opens a port; `embed` asks providers and opens none;
 `inspect` does neither."""
+_OF_CLIENTS = ("server.keys.*", "server.metrics_token")
 _SPARED: Mapping[Purpose, tuple[str, ...]] = {
     "serve": (),
-    "embed": ("server.keys.*",),
-    "inspect": ("server.keys.*", "providers.*.headers.*", "providers.*.proxy"),
+    "embed": _OF_CLIENTS,
+    "inspect": (*_OF_CLIENTS, "providers.*.headers.*", "providers.*.proxy"),
 }
 """Keys whose variables need not be set, by purpose: they are for clients, or for providers."""
 

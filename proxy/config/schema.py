@@ -10,19 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from embedding_proxy.cache.key import RESERVED_NAMESPACES
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.client_credential import client_key_mistake
 from embedding_proxy.providers.model_catalog import CATALOGUE
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from . import references
+from . import keys_file, references
 from .errors import KeyPath, Problem, Problems, refuse, suggestion
 from .fields import (
+    INSPECTED,
     CacheMode,
     FilePath,
     Honor,
     HostName,
+    HostPort,
     Name,
     Number,
     ProviderName,
@@ -31,6 +32,7 @@ from .fields import (
     Whole,
 )
 from .index import Index
+from .keys_file import namespace_mistake
 from .models import ModelConfig, from_catalogue
 from .providers import ProviderConfig
 
@@ -51,19 +53,14 @@ class ClientKey(Section):
     @field_validator("key")
     @classmethod
     def _one_that_can_be_sent(cls, value: str) -> str:
-        mistake = client_key_mistake(value)
-        if mistake:
-            raise ValueError(mistake)
-        return value
+        return _sendable(value)
 
     @field_validator("namespace")
     @classmethod
     def _not_the_proxys_own(cls, value: str) -> str:
-        if value.startswith(RESERVED_NAMESPACES):
-            raise ValueError(
-                f"namespaces that begin with {RESERVED_NAMESPACES} are the proxy's own; choose"
-                " another name"
-            )
+        mistake = namespace_mistake(value)
+        if mistake:
+            raise ValueError(mistake)
         return value
 
 
@@ -94,6 +91,10 @@ class Server(Section):
     unknown_models: Literal["forward", "reject"] = "forward"
     drift_check_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
+    keys_file: FilePath | None = None
+    """Without it, `keys_file.FILE_NAME` in the folder of the cache: see `Settings.keys_path`."""
+    metrics_token: Annotated[Name | None, Field(repr=False)] = None
+    metrics_listen: HostPort | None = None
     cors: tuple[WebOrigin, ...] = ()
     allowed_hosts: tuple[HostName, ...] = ()
     max_connections: Annotated[Whole, Field(ge=1, le=1_000_000)] = 4096
@@ -107,6 +108,11 @@ class Server(Section):
         if not isinstance(value, bool) and value != "admin":
             raise ValueError("expected true, admin or false")
         return value
+
+    @field_validator("metrics_token")
+    @classmethod
+    def _token_that_can_be_sent(cls, value: str | None) -> str | None:
+        return value and _sendable(value)
 
     @field_validator("cors", "allowed_hosts", mode="before")
     @classmethod
@@ -127,7 +133,7 @@ class Server(Section):
         return self
 
     def _misfits(self) -> Iterator[Problem]:
-        """Yield keys that stand there twice, and credit that is offered to a whole network."""
+        """Yield keys that stand there twice."""
         first: dict[str, int] = {}
         for i, entry in enumerate(self.keys):
             if first.setdefault(entry.key.strip(), i) != i:
@@ -135,12 +141,20 @@ class Server(Section):
                     ("keys", i, "key"),
                     f"is the key of server.keys.{first[entry.key.strip()]}, too; remove one",
                 )
-        if not self.keys and not _is_loopback(self.host):
-            yield Problem(
-                ("host",),
-                f"{self.host} can be reached by others: set server.keys, or host 127.0.0.1",
-                needs=(("keys",),),
-            )
+            if self.metrics_token is not None and entry.key.strip() == self.metrics_token.strip():
+                yield Problem(
+                    ("metrics_token",),
+                    f"is the key of server.keys.{i}, too, which may do more; choose another token",
+                    needs=(("keys", i, "key"),),
+                )
+
+
+def _sendable(key: str) -> str:
+    """Return a key as it is. Raises ValueError for one that no client can send."""
+    mistake = client_key_mistake(key)
+    if mistake:
+        raise ValueError(mistake)
+    return key
 
 
 def _is_loopback(host: str) -> bool:
@@ -148,6 +162,14 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
 
 
 def _default_directory() -> Path:
@@ -282,11 +304,13 @@ class Settings(Section):
         return {**catalogue, **entries}
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> "Settings":
+    def _sections_fit(self, info: ValidationInfo) -> "Settings":
         """Refuse what each section may say for itself, and not beside the others."""
+        is_inspected = (info.context or {}).get(INSPECTED)
         refuse(
             problem
             for check in (
+                *(() if is_inspected else (self._offers_to_a_network,)),
                 self._keys_without_variable,
                 self._routes_to_nowhere,
                 self._passes_to_nobody,
@@ -297,6 +321,17 @@ class Settings(Section):
             for problem in check()
         )
         return self
+
+    def _offers_to_a_network(self) -> Iterator[Problem]:
+        """Yield credit that is offered to a whole network."""
+        server = self.server
+        if not server.keys and not _is_loopback(server.host) and not _is_there(self.keys_path):
+            yield Problem(
+                ("server", "host"),
+                f"{server.host} can be reached by others: set server.keys, or host 127.0.0.1, or"
+                " add a key with `embedding-proxy keys add NAME`",
+                needs=(("server", "keys"), ("server", "keys_file"), ("cache", "directory")),
+            )
 
     def _keys_without_variable(self) -> Iterator[Problem]:
         """Yield providers that would be sent the key of another origin, for want of a name."""
@@ -403,6 +438,11 @@ class Settings(Section):
                             for fact in ("space", key)
                         ),
                     )
+
+    @property
+    def keys_path(self) -> Path:
+        """The file of clients' keys."""
+        return self.server.keys_file or self.cache.directory / keys_file.FILE_NAME
 
     @property
     def passthrough_provider(self) -> ProviderConfig | None:

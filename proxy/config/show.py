@@ -37,6 +37,9 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
         given = keys[i] if isinstance(keys, list) else None
         given = given.get("key") if isinstance(given, dict) else given
         entry["key"] = _reference(given, f"CLIENT_KEY_{i + 1}")
+    if settings.server.metrics_token is not None:
+        token = _content_at(content, "server", "metrics_token")
+        shown["server"]["metrics_token"] = _reference(token, "METRICS_TOKEN")
     for name, provider in settings.providers.items():
         if provider is not None:
             written = _content_at(content, "providers", name)

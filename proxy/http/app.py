@@ -1,9 +1,11 @@
 """build_app(settings): the only wiring of HTTP. One cleanup context a resource."""
 
+import socket
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from embedding_proxy.proxy.config.keys_file import KeysFile
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.connection_limits import ConnectionLimits
 from embedding_proxy.proxy.http.cors import Cors
@@ -32,9 +34,10 @@ from embedding_proxy.proxy.service.request import CALLER
 from embedding_proxy.proxy.service.storage import MIB, REPLIES_SHARE
 
 from . import request_body, request_log, status
-from .auth import Authenticator
+from .auth import Authenticator, KeysWatch, read_keys
 from .embeddings import Embeddings
-from .middleware import Observers, admin_only, request_middleware
+from .metrics_listener import MetricsListener
+from .middleware import METRICS_PATH, Observers, admin_only, request_middleware
 from .passthrough import Passthrough
 from .passthrough_upstream import PREFIXES, PassthroughUpstream
 
@@ -47,20 +50,29 @@ themselves."""
 SERVICE = web.AppKey("service", EmbeddingService)
 
 
-def build_app(settings: Settings, service: EmbeddingService | None = None) -> web.Application:
+def build_app(
+    settings: Settings,
+    service: EmbeddingService | None = None,
+    metrics_socket: socket.socket | None = None,
+) -> web.Application:
     """Return the application; its service is opened at start-up and closed at the end.
 
     `service` replaces the one that the settings name, which is how tests inject waits of zero.
+    `metrics_socket` listens at `server.metrics_listen`. Raises ConfigError for a file of keys with
+    mistakes.
     """
     service = service or EmbeddingService(settings)
     server = settings.server
-    access, cors = Authenticator(server.keys), Cors(server.cors)
+    keys_file = KeysFile(settings.keys_path)
+    access = Authenticator(server.keys, read_keys(keys_file), server.metrics_token)
+    cors = Cors(server.cors)
+    service.namespaces = lambda: access.namespaces
     tracing = _tracing(settings)
     requests, lines = RequestMetrics(), RequestLog(is_enabled=settings.log.requests)
     observers = Observers(requests, lines, tracing)
     app = web.Application(
         middlewares=[
-            request_middleware(access, cors, OriginCheck(server, cors), observers),
+            request_middleware(access, cors, OriginCheck(server, cors, access), observers),
             loop_guard(settings),
         ]
     )
@@ -96,6 +108,9 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(metrics.run)
     if tracing is not None:
         app.cleanup_ctx.append(tracing.run)
+    if metrics_socket is not None:
+        app.cleanup_ctx.append(MetricsListener(metrics_socket, metrics.get).run)
+    app.cleanup_ctx.append(KeysWatch(keys_file, access, responses.forget).run)
     app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(request_log.add_request_id)
     app.on_response_prepare.append(cors.mark)
@@ -157,8 +172,8 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
             # At a path of ours another method is a 405; `Passthrough` refuses all its spellings.
             path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
             app.router.add_route("*", path, passthrough.handle)
-    app.router.add_get("/status", admin_only(Status(service).get))
-    app.router.add_get("/metrics", admin_only(metrics.get))
+    app.router.add_get("/status", Status(service).get)
+    app.router.add_get(METRICS_PATH, admin_only(metrics.get))
     for path in status.LIVE_PATHS:
         app.router.add_get(path, status.live)
     app.router.add_get("/readyz", status.ready)

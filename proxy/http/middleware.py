@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest
-from embedding_proxy.proxy.service.request import CALLER
+from embedding_proxy.proxy.service.request import CALLER, Client
 
 from . import errors, status, target
 from .auth import KEY_HEADERS, Authenticator
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .tracing import Tracing
 
 log = logging.getLogger("embedding_proxy.guard")
+
+METRICS_PATH = "/metrics"
+"""Where `server.metrics_token` counts, and nowhere else."""
 
 
 class Observers(NamedTuple):
@@ -87,8 +90,12 @@ def _refuse(
     preflight = cors.preflight(request)
     if preflight is not None or is_open:
         return preflight
+    authorization = request.headers.get("Authorization")
+    if request.path == METRICS_PATH and access.has_metrics_token(authorization):
+        request[CALLER] = Client(is_admin=True)
+        return None
     admitted = access.admit(
-        request.headers.get("Authorization"),
+        authorization,
         *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
     )
     if isinstance(admitted, Failure):
@@ -119,8 +126,8 @@ def admin_only(handler: Handler) -> Handler:
         if not request[CALLER].is_admin:
             return Failure(
                 403,
-                f"This key may not read {request.path}: that is for keys of server.keys with"
-                " `admin: true`.",
+                f"This key may not read {request.path}: that is for admins' keys, see"
+                " `keys add --admin` and `admin: true` of server.keys.",
                 "invalid_request_error",
                 code="insufficient_permissions",
             ).response()

@@ -1,6 +1,6 @@
 """Protects an open proxy from web pages: the check of `Host`, `Origin` and `Sec-Fetch-Site`.
 
-A proxy without `server.keys` serves whoever reaches its loopback address. A browser on this machine
+A proxy without keys serves whoever reaches its loopback address. A browser on this machine
 reaches it too, on behalf of every page that it shows: simple requests are sent without asking, and
 a name of the page's own can be made to resolve to 127.0.0.1 (DNS rebinding), so that the page and
 the proxy look like one origin. Therefore an open proxy answers only under host names that belong to
@@ -16,6 +16,7 @@ from aiohttp import web
 from embedding_proxy.proxy.config.schema import Server
 from yarl import URL
 
+from .auth import Authenticator
 from .cors import Cors
 from .errors import Failure
 
@@ -48,16 +49,16 @@ class HostNames:
 
 
 class OriginCheck:
-    """Decides which requests an open proxy does not serve. With `server.keys` it refuses none."""
+    """Decides which requests an open proxy does not serve. With keys it refuses none."""
 
-    def __init__(self, server: Server, cors: Cors) -> None:
-        self._is_on = not server.keys
+    def __init__(self, server: Server, cors: Cors, access: Authenticator) -> None:
+        self._access = access
         self._names = HostNames((server.host, *server.allowed_hosts))
         self._cors = cors
 
     def refusal(self, request: web.Request) -> Failure | None:
         """Return the error of a request that is not to be served: 421 or 403; None otherwise."""
-        if not self._is_on:
+        if not self._access.is_open:
             return None
         for host in request.headers.getall("Host", ()):
             if _host_name(host) not in self._names:

@@ -147,6 +147,14 @@ class ResponseCache:
         """Return a digest of nothing yet, for a request that is hashed in parts."""
         return self._hash.copy()
 
+    def forget(self) -> None:
+        """Find nothing that was kept so far: who sent it may not be let in any more.
+
+        Nor is found what requests lead to that have begun: they are known by digests of before.
+        What was kept goes when its room is needed.
+        """
+        self._hash = hashlib.sha256(secrets.token_bytes(64))
+
     def key(self, head: bytes, body: bytes) -> RequestKey:
         """Return what a request is known by; `head` without the length of the body."""
         digest = self._hash.copy()

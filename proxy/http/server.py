@@ -59,15 +59,27 @@ class PortUnavailable(Exception):
 _REMEDIES: dict[object, str] = {
     errno.EADDRINUSE: "; --port 0 takes a free port",
     errno.EACCES: "; take a port of 1024 or more, or --port 0 for a free one",
-    errno.EADDRNOTAVAIL: "; server.host is no address of this machine",
-    socket.gaierror: "; server.host is no host name that this machine knows",
+    errno.EADDRNOTAVAIL: "; {key} is no address of this machine",
+    socket.gaierror: "; {key} is no host name that this machine knows",
 }
 """What to do, by the number of the error."""
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Take the address. Raises PortUnavailable."""
-    host, port = settings.server.host, settings.server.port
+    """Take the address for clients. Raises PortUnavailable."""
+    return _bind(settings.server.host, settings.server.port, "server.host")
+
+
+def listen_metrics(settings: Settings) -> list[socket.socket]:
+    """Take the address of `server.metrics_listen`, if there is one. Raises PortUnavailable."""
+    address = settings.server.metrics_listen
+    if address is None:
+        return []
+    host, _, port = address.rpartition(":")
+    return [_bind(host.strip("[]"), int(port), "server.metrics_listen")]
+
+
+def _bind(host: str, port: int, key: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
@@ -76,14 +88,15 @@ def listen(settings: Settings) -> socket.socket:
         is_of_host = isinstance(error, socket.gaierror)
         reason = error.strerror if is_of_host or not error.errno else os.strerror(error.errno)
         remedy = _REMEDIES.get(socket.gaierror if is_of_host else error.errno, "")
+        remedy = remedy.format(key=key)
         shown = f"[{host}]" if ":" in host else host
         raise PortUnavailable(
             f"cannot listen on {shown}:{port}: {reason or error}{remedy}"
         ) from error
 
 
-def take_over(settings: Settings) -> socket.socket:
-    """Return the listening socket of the proxy that runs with these settings.
+def take_over(settings: Settings) -> list[socket.socket]:
+    """Return the listening sockets of the proxy that runs with these settings, clients' first.
 
     That one answers requests, too, until it is told to stop. Raises PortUnavailable.
     """
@@ -98,7 +111,13 @@ def take_over(settings: Settings) -> socket.socket:
         ) from error
     if reply.code or not sockets:
         raise PortUnavailable(f"the proxy that runs does not hand its port over: {reply.lines}")
-    return sockets[0]
+    clients, *others = sockets
+    port = (settings.server.metrics_listen or "").rpartition(":")[2]
+    own = [one for one in others if str(one.getsockname()[1]) == port]
+    for one in others:
+        if one not in own:
+            one.close()
+    return [clients, *(own or listen_metrics(settings))]
 
 
 def base_url(listening: socket.socket, *, is_encrypted: bool = False) -> str:
@@ -122,6 +141,7 @@ def unchangeable(old: Settings, new: Settings, listening: socket.socket) -> list
     pairs = (
         ("server.host", old.server.host, new.server.host),
         ("server.port", old.server.port, new.server.port),
+        ("server.metrics_listen", old.server.metrics_listen, new.server.metrics_listen),
         ("server.workers", old.server.workers, new.server.workers),
         ("server.tls", _on_or_off(old), _on_or_off(new)),
         ("cache.directory", old.cache.directory, new.cache.directory),
@@ -141,15 +161,22 @@ def _on_or_off(settings: Settings) -> str:
 class Instance:
     """One process that serves requests. Its configuration may be replaced."""
 
-    def __init__(self, settings: Settings, listening: socket.socket, load: Load) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listening: socket.socket,
+        load: Load,
+        metrics_socket: socket.socket | None = None,
+    ) -> None:
         """`load` reads the configuration anew, or raises ConfigError."""
+        self._metrics_socket = metrics_socket
         self.settings = settings
         self.events: asyncio.Queue[signal.Signals | Request] = asyncio.Queue()
         """Signals, and what is asked through the control socket."""
         self._load = load
         self._listening = listening
         self._tls = None if settings.server.tls is None else tls.make_context(settings.server.tls)
-        self._app = build_app(settings)
+        self._app = build_app(settings, metrics_socket=metrics_socket)
         self._runner = Runner(self._app, shutdown_timeout=settings.server.grace_s)
 
     async def __aenter__(self) -> Self:
@@ -174,7 +201,8 @@ class Instance:
             if not problems:
                 if self._tls is not None and settings.server.tls is not None:
                     tls.load(self._tls, settings.server.tls)
-                app = build_app(settings, self._app[SERVICE].successor(settings))
+                successor = self._app[SERVICE].successor(settings)
+                app = build_app(settings, successor, self._metrics_socket)
                 await self._runner.replace(app, _drain)
                 self.settings, self._app = settings, app
         except ConfigError as error:
@@ -205,7 +233,8 @@ class Instance:
             with reloading():
                 request.reply(await self.reload())
         elif request.command == control.SOCKET:
-            request.reply(Reply(0), self._listening)
+            others = [] if self._metrics_socket is None else [self._metrics_socket]
+            request.reply(Reply(0), self._listening, *others)
         elif request.command == control.STOP:
             request.reply(Reply(0, ("The proxy stops.",)))
             return True
@@ -263,24 +292,26 @@ def _has_terminal() -> bool:
 _HAS_TERMINAL = _has_terminal()
 
 
-async def serve(
+async def serve(  # noqa: PLR0913 - what it serves, and whom it hears
     settings: Settings,
     listening: socket.socket,
     announce: Announce,
     load: Load | None = None,
     *,
     channel: socket.socket | None = None,
+    metrics_socket: socket.socket | None = None,
 ) -> signal.Signals:
     """Serve until the proxy is told to stop, and return by which signal.
 
     A second signal ends the process at once. But a worker, which has a `channel` to its parent, is
     often told twice, by its parent and by whoever stops the whole group: its second SIGTERM means
     nothing more than the first. `announce` is called once requests are answered, and returns the
-    control socket, if there is one. `load` reads the configuration anew. Raises StoreError,
-    ConfigError.
+    control socket, if there is one. `load` reads the configuration anew. `metrics_socket` serves
+    metrics without a key. Raises StoreError, ConfigError.
     """
     descriptors.raise_limit()
-    async with Instance(settings, listening, load or (lambda: settings)) as instance:
+    load = load or (lambda: settings)
+    async with Instance(settings, listening, load, metrics_socket) as instance:
         with _signals(instance.events, is_worker=channel is not None):
             # What has been made so far stays for good: to look it all through for garbage, now and
             # then, would be a pause of tens of milliseconds for everybody.

@@ -24,7 +24,7 @@ from embedding_proxy.cache.ledger import By, Usage
 from embedding_proxy.providers.billing import NANO
 from embedding_proxy.providers.routing.retry_budget import MAX_TOKENS
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.request import CALLER
+from embedding_proxy.proxy.service.request import CALLER, Client
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
@@ -131,11 +131,39 @@ class Status:
         self._service = service
         self._started = time.time()
 
-    async def get(self, _: web.Request) -> web.Response:
-        """Answer with everything."""
+    async def get(self, request: web.Request | None) -> web.Response:
+        """Answer an admin with everything, others with what is their own."""
+        caller = Client(is_admin=True) if request is None else request[CALLER]
+        content = await (self._everything() if caller.is_admin else self._own(caller))
+        return web.Response(body=orjson.dumps(content), content_type="application/json")
+
+    async def _own(self, caller: Client) -> dict[str, object]:
+        usage = await self._service.client_ledger(caller.client)
+        return {
+            "name": caller.client,
+            "namespace": caller.namespace,
+            "since_ever": None if usage is None else usage_fields(usage),
+            "budget": await self._spent(caller),
+        }
+
+    async def _spent(self, caller: Client) -> dict[str, object] | None:
+        """Return a client's budget and what is left of it; None where there is none."""
+        limit = caller.limit
+        if limit is None:
+            return None
+        billed = await self._service.billed(caller)
+        left = max(0, limit.nanodollars - billed)
+        return {
+            "usd": limit.nanodollars / NANO,
+            "period": limit.period,
+            "usd_billed": billed / NANO,
+            "usd_left": left / NANO,
+        }
+
+    async def _everything(self) -> dict[str, object]:
         service = self._service
         upstreams, directory = service.upstreams, service.settings.cache.directory
-        content = {
+        return {
             "version": version("embedding-proxy"),
             "worker": os.getpid(),
             "started": int(self._started),
@@ -166,7 +194,6 @@ class Status:
             "since_start": self._since_start(),
             "since_ever": await self._since_ever(),
         }
-        return web.Response(body=orjson.dumps(content), content_type="application/json")
 
     def _since_start(self) -> dict[str, object]:
         by_model: dict[str, Usage] = {}
@@ -176,8 +203,12 @@ class Status:
 
     async def _since_ever(self) -> dict[str, object] | None:
         """Return the sums on disk; None while it cannot be read."""
-        rows = await self._service.ledger([By.MODEL])
-        return None if rows is None else _totals({model: usage for (model,), usage in rows})
+        by_model = await self._service.ledger([By.MODEL])
+        by_client = await self._service.ledger([By.CLIENT])
+        if by_model is None or by_client is None:
+            return None
+        clients = {client: usage_fields(usage) for (client,), usage in by_client if client}
+        return {**_totals({model: usage for (model,), usage in by_model}), "clients": clients}
 
 
 def _totals(by_model: dict[str, Usage]) -> dict[str, object]:

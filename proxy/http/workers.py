@@ -68,9 +68,18 @@ class Supervisor:
     """The parent of the workers."""
 
     def __init__(
-        self, settings: Settings, listening: socket.socket, work: Work, load: Load
+        self,
+        settings: Settings,
+        listening: socket.socket,
+        work: Work,
+        load: Load,
+        *others: socket.socket,
     ) -> None:
-        """`load` reads the configuration anew, or raises ConfigError."""
+        """`load` reads the configuration anew, or raises ConfigError.
+
+        `others` are listening sockets that another process may take over, too.
+        """
+        self._others = others
         self._settings = settings
         self._listening = listening
         self._work = work
@@ -145,7 +154,7 @@ class Supervisor:
             with reloading():
                 request.reply(self.reload())
         elif request.command == control.SOCKET:
-            request.reply(Reply(0), self._listening)
+            request.reply(Reply(0), self._listening, *self._others)
         elif request.command == control.STOP:
             for worker in self._workers:
                 with suppress(OSError):

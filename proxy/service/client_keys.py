@@ -265,7 +265,7 @@ class ClientKeys:
     def __init__(self, settings: Settings, folder: Path) -> None:
         """`folder` is that of the store."""
         self._frozen = settings.cache.mode == "frozen"
-        self._asks_keys = bool(settings.server.keys)
+        self._asks_keys = bool(settings.server.keys) or settings.keys_path.exists()
         self._secret = load_secret(folder)
         self.proofs = Proofs(folder / PROOFS_FOLDER)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()

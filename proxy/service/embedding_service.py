@@ -21,7 +21,15 @@ from typing import Any, Self
 
 from embedding_proxy.cache.cached_hit import Reusable
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Usage
+from embedding_proxy.cache.ledger import (
+    MAX_LEDGER_KEYS,
+    NOTHING,
+    By,
+    LedgerFilter,
+    LedgerKey,
+    Line,
+    Usage,
+)
 from embedding_proxy.cache.tiers import TierCounters
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
@@ -190,6 +198,10 @@ class EmbeddingService(SearchMixin):
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
         self._dual_writes: DualWrites | None = None
+        self.namespaces: Callable[[], Iterable[str]] = lambda: [
+            key.namespace for key in settings.server.keys
+        ]
+        """Gives those that are configured: they come first in the ledger."""
         self._stack = AsyncExitStack()
         self._storage = storage
 
@@ -219,7 +231,9 @@ class EmbeddingService(SearchMixin):
         """Open the store and the providers. Raises StoreError if the directory cannot be used."""
         cache = self.settings.cache
         async with AsyncExitStack() as stack:
-            self._storage = await stack.enter_async_context(self._storage or Storage(cache))
+            self._storage = await stack.enter_async_context(
+                self._storage or Storage(cache, self.settings.server.workers)
+            )
             store, tiers = self._storage.store, self._storage.tiers
             # Frozen, whoever would ask a provider finds none that could be paid.
             providers = {}
@@ -233,6 +247,7 @@ class EmbeddingService(SearchMixin):
                 self._storage.learned,
                 self._storage.in_flight.successor(),
                 sleep=self._sleep,
+                spending=self._storage.spending,
             )
             stack.push_async_callback(self._registry.close)
             client_keys = None
@@ -289,11 +304,23 @@ class EmbeddingService(SearchMixin):
         """
         if self._storage is None:
             return None
-        server = self.settings.server
-        namespaces = ["", drift_check.NAMESPACE, *(key.namespace for key in server.keys)]
+        namespaces = ["", drift_check.NAMESPACE, *self.namespaces()]
         named = {By.MODEL: list(self.settings.models), By.NAMESPACE: namespaces}
         preferred = {column: names for column, names in named.items() if column in by}
         return await self._storage.store.ledger(by, MAX_LEDGER_KEYS, preferred)
+
+    async def client_ledger(self, client: str) -> Usage | None:
+        """Return the sums of a client since ever; None while the ledger cannot be read."""
+        if self._storage is None:
+            return None
+        lines = await self._storage.store.ledger([], lines=LedgerFilter(client))
+        return None if lines is None else next((usage for _, usage in lines), NOTHING)
+
+    async def billed(self, caller: Client) -> int:
+        """Return the nanodollars that a client with a budget was billed in the present period."""
+        if self._storage is None or caller.limit is None:
+            return 0
+        return await self._storage.spending.billed(caller.client, caller.limit)
 
     @property
     def models(self) -> Mapping[str, Model]:

@@ -188,7 +188,7 @@ class WidthLearner:
             try:
                 width, _ = learning.task.result()
             except EmbeddingError as error:
-                if not learning.is_leader_specific(error, inputs[:1], context.credential):
+                if not learning.is_leader_specific(error, inputs[:1], context):
                     raise
             rounds += 1
         space = replace(space, dimensions=width)

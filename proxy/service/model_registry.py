@@ -24,6 +24,7 @@ from embedding_proxy.proxy.config.schema import Settings
 from .client_keys import ClientKeyPolicy, client_key_policy
 from .learned_dimensions import LearnedDimensions, WidthLearner
 from .provider_factory import make_router, make_scheduler
+from .spending import Spending, SpendingCheck
 
 MAX_UNLISTED = 1000
 """Models that are listed at most; and as many that are not, being asked for by name alone."""
@@ -111,8 +112,11 @@ class Registry:
         in_flight: InFlight | None = None,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        spending: Spending | None = None,
     ) -> None:
+        """`spending` is what clients with budgets have spent; None = nobody has one."""
         self._settings = settings
+        self._spending = spending
         self._providers = providers
         self._tiers = tiers
         self._upstreams = upstreams
@@ -220,7 +224,11 @@ class Registry:
     def _make(self, name: str, entry: ModelConfig) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
-        source = ContextLengthCheck(make_scheduler(router, settings), entry.max_input_tokens)
+        source: Embedder = ContextLengthCheck(
+            make_scheduler(router, settings), entry.max_input_tokens
+        )
+        if self._spending is not None:
+            source = SpendingCheck(source, self._spending)
         return Model(
             name=name,
             space=entry.as_space(),

@@ -81,7 +81,7 @@ class EmbeddingPipeline:
         needs no strategy. What was found stays in `request.lookup`. Raises EmbeddingError.
         """
         model = self._model(request)
-        names = (request.model, request.dimensions, caller.namespace, caller.client, control)
+        names = (request.model, request.dimensions, *caller[:2], caller.limit, control)
         plan = self._plans.get(names)
         if plan is None or plan.model is not model:
             plan = self._plans[names] = self._plan(model, request, caller, control)
@@ -97,7 +97,7 @@ class EmbeddingPipeline:
 
     def _plan(self, model: Model, request: EmbeddingRequest, caller: Client, control: str) -> _Plan:
         """Return how a request is answered from the cache alone. Raises InvalidRequest."""
-        account = Account(request.model, caller.client, model.price)
+        account = Account(request.model, caller.client, model.price, caller.limit)
         if (
             model.client_key_policy is not None
             or model.truncate_to is not None
@@ -128,7 +128,7 @@ class EmbeddingPipeline:
         async def make_context(one: Model, by: float) -> tuple[Sequence[Input], Context]:
             begun = asyncio.get_running_loop().time()
             inputs, weigh = await prepare(request.inputs, one, allow_oversize=server.allow_oversize)
-            account = Account(request.model, caller.client, one.price)
+            account = Account(request.model, caller.client, one.price, caller.limit)
             neutral = _neutral(one, request)
             return inputs, Context(
                 by,

@@ -30,6 +30,7 @@ from embedding_proxy.cache.tiers import Lookup
 from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
 from embedding_proxy.index.point import MAX_ID, PointId
 from embedding_proxy.providers.base import CachePolicy, Input
+from embedding_proxy.providers.billing import SpendingLimit
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.config.fields import Honor, Mode
 
@@ -74,6 +75,8 @@ class Client(NamedTuple):
     it is not known to do so."""
     is_connected: Callable[[], bool] | None = None
     """Tells whether the caller still waits for the answer; None = it does."""
+    limit: SpendingLimit | None = None
+    """The budget of its key; None = it has none."""
 
 
 CALLER = web.RequestKey("caller", Client)

@@ -16,6 +16,7 @@ from embedding_proxy.proxy.config.schema import Cache
 
 from . import drift_check
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
+from .spending import Spending
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -27,7 +28,8 @@ REPLIES_SHARE = 0.5
 class Storage:
     """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, workers: int = 1) -> None:
+        """`workers` is how many processes buy on the account of one client at the same time."""
         self.cache = cache
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
@@ -42,6 +44,8 @@ class Storage:
         self.tiers = Tiers(self.memory, self.store)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
         self.in_flight = InFlight()
+        self.spending = Spending(self.store, workers)
+        """What clients with budgets have spent."""
         self._holders = 0
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()

@@ -82,7 +82,7 @@ def test_everything_else_is_a_401_that_repeats_no_key(authorization, message):
 def test_keys_are_not_kept():
     """What is kept of a key is a digest, so that no dump of the process shows it."""
     assert b"first-key" not in repr(vars(ACCESS)).encode()
-    assert len(ACCESS._callers) == 2
+    assert len(ACCESS._admissions) == 2
 
 
 def test_white_space_around_a_configured_key_does_not_count():

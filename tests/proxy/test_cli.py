@@ -236,7 +236,7 @@ def serving(monkeypatch):
     noted = []
 
     def end_with(outcome: signal.Signals | Exception) -> list:
-        async def serve(settings, _listening, announce, _load, *, channel=None):
+        async def serve(settings, _listening, announce, _load, *, channel=None, **_):
             noted.append(settings)
             if isinstance(outcome, Exception):
                 raise outcome

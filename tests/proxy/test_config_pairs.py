@@ -44,7 +44,12 @@ M, P = "models.m", "providers.mine"
 MISTAKES = [
     Mistake({"server.prot": 1}, "server.prot", "did you mean port?"),
     Mistake({"server.port": "x"}, "server.port", "expected a whole number"),
-    Mistake({"server.host": "0.0.0.0"}, "server.host", "can be reached", ("server.keys",)),
+    Mistake(
+        {"server.host": "0.0.0.0"},
+        "server.host",
+        "can be reached",
+        ("server.keys", "server.keys_file", "cache.directory"),
+    ),
     Mistake({"server.keys": [{"key": "a"}, {"key": "a"}]}, "server.keys.1.key", "remove one"),
     Mistake({"server.keys": [{"key": ""}]}, "server.keys.0.key", "not an empty string"),
     Mistake({"server.keys": "abc"}, "server.keys", "expected a list"),

@@ -39,6 +39,21 @@ ENDS = [
     ("config convert nowhere.yaml", 2),
     ("config convert old.yaml --output there", 1),
     ("config convert old.yaml --output new.yaml", 0),
+    ("keys list", 0),
+    ("keys list --config bad_keys.yaml", 2),
+    ("keys add alice", 0),
+    ("keys add alice --budget 5/week", 2),
+    ("keys add alice --expires 2020-01-01", 2),
+    ("keys add alice --expires soon", 2),
+    ("keys add alice --namespace embedding-proxy/x", 2),
+    ("keys add there", 2),
+    ("keys add", 2),
+    ("keys rotate there --grace 1", 0),
+    ("keys rotate there --grace -1", 2),
+    ("keys rotate nobody", 2),
+    ("keys revoke there", 0),
+    ("keys revoke nobody", 2),
+    ("keys add alice --config no_folder.yaml", 1),
     ("cache stats", 0),
     ("cache stats --json --by day", 0),
     ("cache stats --config empty.yaml", 1),
@@ -114,6 +129,10 @@ def folder(tmp_path, monkeypatch, command):
     with closing(sqlite3.connect(_put(tmp_path / "damaged"), isolation_level=None)) as file:
         file.execute("UPDATE Cache SET value = x'00'")
     (tmp_path / "there").write_bytes(b"mine")
+    (tmp_path / "wrong_keys.yaml").write_text("keys: 5")
+    (tmp_path / "bad_keys.yaml").write_text("server: {keys_file: wrong_keys.yaml}")
+    (tmp_path / "no_folder.yaml").write_text("cache: {directory: there}")
+    assert command("keys", "add", "there", "--config", "good.yaml").code == 0
     (tmp_path / "pairs.jsonl").write_text('{"text": "a", "embedding": [1, 0]}\n')
     (tmp_path / "old.yaml").write_text("llm: {embedding_model: text-embedding-3-small}\n")
     export = ("cache", "export", "whole.emba", "--config", "good.yaml")

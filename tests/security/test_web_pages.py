@@ -183,10 +183,10 @@ async def test_no_websocket_is_opened_for_a_page(start_proxy):
         assert other.seen == []
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/status", "/%6detrics", "/st%61tus"])
+@pytest.mark.parametrize("path", ["/metrics", "/%6detrics"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_metrics_and_status_are_for_admins(path, method, start_proxy):
-    """With keys, only one with `admin: true` reads them; Prometheus sends it as a bearer."""
+async def test_metrics_are_for_admins(path, method, start_proxy):
+    """With keys, only one with `admin: true` reads them."""
     proxy = await start_proxy(server={"keys": KEYS})
     place = proxy.url.removesuffix("/v1")
     for key, status in (("boss", 200), ("plain", 403), ("", 401)):
@@ -195,6 +195,18 @@ async def test_metrics_and_status_are_for_admins(path, method, start_proxy):
             assert response.status == status
             if key == "plain" and method == "GET":
                 assert await _told(response) == (403, "insufficient_permissions")
+
+
+@pytest.mark.parametrize("path", ["/status", "/st%61tus"])
+async def test_the_status_of_everybody_is_for_admins(path, start_proxy):
+    """With keys, other clients are told what is their own."""
+    proxy = await start_proxy(server={"keys": KEYS})
+    place = proxy.url.removesuffix("/v1")
+    for key, status, is_all in (("boss", 200, True), ("plain", 200, False), ("", 401, False)):
+        sent = {"Authorization": f"Bearer {key}"} if key else {}
+        async with proxy.http.get(place + path, headers=sent) as response:
+            assert response.status == status
+            assert ("providers" in await response.json()) == is_all
 
 
 async def test_without_keys_everybody_here_reads_metrics(start_proxy):
