@@ -187,7 +187,7 @@ class Store:
         """Wait until all that is whole in damaged files is in the present one. Never raises."""
         await self._salvager.finished()
 
-    def touch(self, addresses: Sequence[bytes], partition: Partition | None = None) -> None:
+    def touch(self, addresses: Collection[bytes], partition: Partition | None = None) -> None:
         """Note that entries were used; it is written in a while, not for its own sake."""
         self._pending.uses.note(addresses, Use(int(1000 * time.time()), partition))
 

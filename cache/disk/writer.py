@@ -11,7 +11,7 @@ For one thread: the event loop's.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from itertools import islice
 
@@ -46,10 +46,11 @@ class AccessLog(Mapping[bytes, Use]):
         self._old: dict[bytes, Use] = {}
         self._unwritten: dict[bytes, object] = {}
 
-    def note(self, addresses: Sequence[bytes], use: Use) -> None:
+    def note(self, addresses: Collection[bytes], use: Use) -> None:
         """Note that entries were used."""
         if len(addresses) == 1:
-            self._young[addresses[0]] = self._unwritten[addresses[0]] = use
+            (address,) = addresses
+            self._young[address] = self._unwritten[address] = use
         else:
             new = dict.fromkeys(addresses, use)
             self._young.update(new)

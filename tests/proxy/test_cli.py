@@ -248,7 +248,9 @@ def serving(monkeypatch):
         listen = contextlib.nullcontext(listening)
         monkeypatch.setattr("embedding_proxy.proxy.http.server.listen", lambda _: listen)
         monkeypatch.setattr("embedding_proxy.proxy.http.control.listen", lambda _: None)
-        monkeypatch.setattr("embedding_proxy.proxy.http.server.base_url", lambda _: "http://h:1/v1")
+        monkeypatch.setattr(
+            "embedding_proxy.proxy.http.server.base_url", lambda _, **__: "http://h:1/v1"
+        )
         return noted
 
     return end_with

@@ -11,7 +11,9 @@ OWN = "9f1c:client/42"
 
 
 def _lines(caplog):
-    return [record for record in caplog.records if record.name == LOGGER]
+    """Return what is said of requests that failed."""
+    records = (record for record in caplog.records if record.name == LOGGER)
+    return [record for record in records if hasattr(record, "data")]
 
 
 async def test_the_log_names_a_failed_request_with_model_status_and_code(

@@ -261,7 +261,8 @@ async def test_a_compressed_good_reply_ends_before_the_key(canary, other, start_
         async with proxy.http.get(f"{proxy.url}/chat") as reply:
             async for chunk in reply.content.iter_any():
                 told += chunk
-    assert told.startswith(b"line 0")
+    # The end may come with the first bytes, and the client then gives none of them.
+    assert not told or told.startswith(b"line 0")
     assert b"sk-canary" not in told
     assert "cut off" in caplog.text
 
