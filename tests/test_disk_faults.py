@@ -14,7 +14,7 @@ from functools import partial
 import disk_faults
 import pytest
 from disk_faults import CannotMount, count_right, file_system, full, locked, read_only, refusing
-from embedding_proxy.cache.disk import database
+from embedding_proxy.cache.disk import database, disk_full
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.providers import backoff
@@ -34,7 +34,7 @@ def directory(tmp_path):
 def _in_short(monkeypatch):
     """Wait for no lock for long, and use a small file system to its end."""
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
-    monkeypatch.setattr(database, "FREE_BYTES", 0)
+    monkeypatch.setattr(disk_full, "FREE_BYTES", 0)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ async def _in_a_while(proxy):
 def _nearly_full():
     """Leave less room than is left to others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(database, "FREE_BYTES", 1 << 62)
+        patch.setattr(disk_full, "FREE_BYTES", 1 << 62)
         yield
 
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from embedding_proxy.cache.disk import connection, database, ledger_reader, purge
+from embedding_proxy.cache.disk import connection, disk_full, ledger_reader, purge
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import LedgerKey, Usage
@@ -303,7 +303,7 @@ async def test_charges_are_written_where_records_cannot_be(
     """On a file system that is nearly full records wait in memory, but what they cost does not."""
     proxy = await start_proxy(openai=upstream, cache={"memory_mib": 0})
     assert await _ask(proxy, _texts("before")) == (0, 50)
-    monkeypatch.setattr(database, "FREE_BYTES", 1 << 62)
+    monkeypatch.setattr(disk_full, "FREE_BYTES", 1 << 62)
     assert await _ask(proxy, _texts("during")) == (0, 50)
     await _write_what_can_wait(proxy)
     copy = _as_after_a_kill(tmp_path / "cache", tmp_path / "copy")

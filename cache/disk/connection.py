@@ -5,7 +5,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Collection, Iterator
@@ -17,7 +16,7 @@ from typing import TypeVar
 from embedding_proxy.cache import private_files
 from embedding_proxy.cache.key import FORMAT
 
-from . import database, ledger_reader, quarantine, schema
+from . import database, disk_full, ledger_reader, quarantine, schema
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
 from .purge import PurgeSignal
@@ -39,7 +38,6 @@ T = TypeVar("T")
 LOCKED = "another process keeps it locked"
 
 _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _SQL_NO_ACCESS = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN)
 _SQL_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
@@ -54,9 +52,6 @@ _NEVER = (NotADirectoryError, FileExistsError, IsADirectoryError, NewerLayout, N
 
 _LOCK_NAME = "writer.lock"
 _OTHER_PLACE = "name another cache.directory"
-_FREE_SPACE = "free some space on the disk"
-_MIN_BYTES = 1 << 16
-"""Less than that is no room for what SQLite makes beside a file when it is opened."""
 
 
 class StoreError(Exception):
@@ -274,8 +269,8 @@ def _remedy(error: BaseException) -> str:
     number, code = getattr(error, "errno", None), primary_code(error)
     if number in _NO_ACCESS or code in _SQL_NO_ACCESS:
         return "give this user write access to the folder and all files in it"
-    if number in _NO_SPACE or code == sqlite3.SQLITE_FULL:
-        return _FREE_SPACE
+    if disk_full.is_cause(error):
+        return disk_full.REMEDY
     if type(error) in (TimeoutError, database.Timeout) or code in _SQL_LOCKED:
         return "end or continue the process that keeps the lock, and try again"
     return ""
@@ -284,10 +279,10 @@ def _remedy(error: BaseException) -> str:
 def _explained(folder: Path, error: BaseException, otherwise: str = "") -> StoreError:
     """Return what is told of a failure, with its remedy; `otherwise` where none is known."""
     remedy = _remedy(error) or otherwise
-    if primary_code(error) == sqlite3.SQLITE_IOERR and _has_no_space(folder):
+    if primary_code(error) == sqlite3.SQLITE_IOERR and disk_full.has_no_room(folder):
         # SQLite says no more where there is no room for the index of its log.
-        remedy = _FREE_SPACE
-    kind = DiskFull if remedy == _FREE_SPACE else StoreError
+        remedy = disk_full.REMEDY
+    kind = DiskFull if remedy == disk_full.REMEDY else StoreError
     return kind(f"{folder}: {_cause(error)}{remedy and '; '}{remedy}")
 
 
@@ -297,13 +292,6 @@ def _cause(error: BaseException) -> str:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"
     return str(error) or LOCKED
-
-
-def _has_no_space(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < _MIN_BYTES
-    except OSError:
-        return False
 
 
 def is_damaged(error: StoreError) -> bool:

@@ -5,7 +5,6 @@ keys nor what is in a record: bytes in, bytes out.
 """
 
 import contextlib
-import shutil
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,7 +14,16 @@ from typing import Any
 import diskcache
 from embedding_proxy.cache import private_files
 
-from . import eviction, ledger_reader, pages, quarantine, read_only, schema, write_ahead_log
+from . import (
+    disk_full,
+    eviction,
+    ledger_reader,
+    pages,
+    quarantine,
+    read_only,
+    schema,
+    write_ahead_log,
+)
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
 from .schema import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
@@ -23,8 +31,6 @@ from .write_batch import StoredRecord, Use, WriteBatch
 
 BUSY_SECONDS = 2.0
 """The longest wait for another process's write; then the write is given up."""
-FREE_BYTES = 64 << 20
-"""Nothing is written when less than this would be left on the file system."""
 
 LOG_WAIT_MS = 100
 """How long a writer waits for readers to let go of a write-ahead log that has grown too long."""
@@ -152,7 +158,7 @@ class Database:
         self.most_bytes = max(size_limit // 64, 1 << 18)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self.uses_last_room = False
-        """Whether records are also written when less than FREE_BYTES is free."""
+        """Whether records are also written when less than disk_full.FREE_BYTES is free."""
         self._full_until = 0.0
         self._is_let_go = False
         private_files.make_folder(folder)
@@ -364,9 +370,8 @@ class Database:
         there is no room for the records, sums and uses are written, and taken out of `changes`,
         before StoreFull is raised.
         """
-        is_spared = changes.records and not self.uses_last_room
-        if is_spared and shutil.disk_usage(self.folder).free < FREE_BYTES:
-            raise OSError("the file system is nearly full; nothing is written")
+        if changes.records and not self.uses_last_room:
+            disk_full.check_room(self.folder)
         pages_needed = eviction.pages_for(
             [len(pending.record) for pending in changes.records.values()]
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.database import FREE_BYTES
+from embedding_proxy.cache.disk.disk_full import FREE_BYTES
 
 from . import stats
 from .stats import Stats

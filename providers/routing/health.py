@@ -28,22 +28,14 @@ from embedding_proxy.providers.lru_cache import LRUCache
 
 from . import policy
 from .circuit_breaker import CircuitBreaker, Permit, State, Verdict
+from .cooldown import PROBE_COOLDOWN_S, Cooldowns
 from .retry_budget import RetryBudget
 from .route import scope_of
 
 log = logging.getLogger("embedding_proxy.health")
 
-MAX_COOLDOWN_TOLD_S = 3600.0
-"""An upstream that names next year is asked again within the hour."""
-PROBE_COOLDOWN_S = 1.0
-"""At least, after a probe that met a rate limit: it proved nothing."""
-FIRST_COOLDOWN = 0.2
-MAX_COOLDOWN = 60.0
-"""Seconds of cooldown after a rate limit that names no time: doubled each time that the next call
-meets it again, up to the second."""
 REPEAT_S = 60.0
 """Seconds within which a request for what has just failed is taken for a client's own retry."""
-MAX_LIMITS_IN_A_ROW = 20
 MAX_KEYS = 2000
 """Models and keys of a provider of which something is remembered."""
 MAX_INPUTS = 1000
@@ -99,10 +91,7 @@ class Health:
         self.attempts = 0
         """Calls that have ended, for those who waited. It never falls."""
         self.failures: Counter[str] = Counter()
-        self._cooldowns = LRUCache[str, float](MAX_KEYS)
-        """Until when a key is left alone."""
-        self._limits = LRUCache[str, int](MAX_KEYS)
-        """How often in a row a key was rate limited, counting once for each cooldown."""
+        self.cooldowns = Cooldowns(MAX_KEYS, clock)
         self._blamed = LRUCache[int, bool](MAX_INPUTS)
         self._failed = LRUCache[int, float](MAX_INPUTS)
         """When a request failed, by its first input."""
@@ -151,8 +140,7 @@ class Health:
 
     def rest(self, key: str) -> float:
         """Return the seconds of cooldown that are left."""
-        until = self._cooldowns.peek(key) if self._cooldowns else None
-        return 0.0 if until is None else max(until - self._clock(), 0.0)
+        return self.cooldowns.rest(key)
 
     def held(self, key: str) -> float:
         """Return the seconds for which a breaker holds calls back; 0 when none does."""
@@ -174,7 +162,7 @@ class Health:
 
     def is_limited(self, key: str) -> bool:
         """Tell whether the last call met a rate limit."""
-        return self._limits.peek(key) is not None
+        return self.cooldowns.is_limited(key)
 
     def ready(self, key: str, *, rested: bool = False) -> bool:
         """Tell whether `acquire` would give a permit. `rested`: the caller has waited as told."""
@@ -198,8 +186,7 @@ class Health:
         """Note a good answer."""
         if permit.is_probe:
             log.warning("%s: is well again", self.name)
-        if self._limits:
-            self._limits.pop(key)
+        self.cooldowns.succeeded(key)
         self._release(permit, Verdict.SUCCESS)
 
     def answered_alone(self, key: str, item: Input) -> None:
@@ -229,7 +216,8 @@ class Health:
             self.breaker.open(permit.of_provider, rule.opens_s, rule.reason)
             self._tell(self.breaker, before)
         elif isinstance(error, RateLimited):
-            self._cool_down(key, error.retry_after, PROBE_COOLDOWN_S if permit.is_probe else 0.0)
+            min_wait = PROBE_COOLDOWN_S if permit.is_probe else 0.0
+            self.cooldowns.begin(key, error.retry_after, min_wait)
         verdict = rule.verdict if is_counted else Verdict.NONE
         self._release(permit, verdict, is_of_model=rule.is_of_model)
 
@@ -277,22 +265,6 @@ class Health:
                 "%s: not asked%s for %.1f s: %s", self.name, what, breaker.wait_s, breaker.reason
             )
 
-    def _cool_down(self, key: str, wait: float | None, min_wait: float) -> None:
-        """Begin a cooldown: as long as was asked for, else longer each time in a row."""
-        # Looked at once: a cooldown may end between two looks.
-        is_cooling = self.rest(key) > 0
-        limits = self._limits.peek(key) or 0
-        if not is_cooling:
-            # Calls that were under way together meet one limit once.
-            limits = self._limits[key] = min(limits + 1, MAX_LIMITS_IN_A_ROW)
-        if not wait:
-            if is_cooling:
-                return
-            wait = min(FIRST_COOLDOWN * 2 ** (limits - 1), MAX_COOLDOWN)
-            wait = max(wait, min_wait)
-        until = self._clock() + min(wait, MAX_COOLDOWN_TOLD_S)
-        self._cooldowns[key] = max(self._cooldowns.peek(key) or until, until)
-
     def snapshot(self) -> Snapshot:
         """Return the present state."""
         breakers = [self.breaker, *(one for _, one in self._breakers.items())]
@@ -305,7 +277,7 @@ class Health:
                 for scope, one in self._breakers.items()
                 if one.state is not State.CLOSED
             },
-            rests={key: round(left, 3) for key in self._cooldowns if (left := self.rest(key))},
+            rests=self.cooldowns.left(),
             why="" if worst.state is State.CLOSED else worst.reason,
             failures_in_a_row=max(one.failures for one in breakers),
             opened=self._opened,

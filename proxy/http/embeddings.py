@@ -21,14 +21,11 @@ from embedding_proxy.proxy.http.response_cache import (
     header_lines,
 )
 from embedding_proxy.proxy.http.runner import CONNECTION
+from embedding_proxy.proxy.service.cache_policy import effective_cache_control
 from embedding_proxy.proxy.service.embedding_result import Result
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.request import (
-    NO_INDEX_OPTIONS,
-    Client,
-    EmbeddingRequest,
-    effective_cache_control,
-)
+from embedding_proxy.proxy.service.index_options import NO_INDEX_OPTIONS
+from embedding_proxy.proxy.service.request import Client, EmbeddingRequest
 
 from . import openai_format
 

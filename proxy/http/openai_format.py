@@ -13,11 +13,11 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.request_fields import classify
+from embedding_proxy.proxy.service.index_options import parse_index_options
 from embedding_proxy.proxy.service.request import (
     EmbeddingRequest,
     Encoding,
     parse_dimensions,
-    parse_index_options,
     parse_input,
     parse_model,
     parse_string,

@@ -23,9 +23,11 @@ from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.proxy.config.index import Qdrant
 from embedding_proxy.proxy.config.schema import Settings
 
+from .cache_policy import parse_cache_control
 from .embedding_result import Result
+from .index_options import IndexOptions
 from .index_writes import collection_of, connection
-from .request import Client, IndexOptions, parse_cache_control
+from .request import Client
 
 log = logging.getLogger("embedding_proxy.index")
 

@@ -47,6 +47,7 @@ from .client_keys import ClientKeys
 from .drift_check import DriftCheck
 from .dual_writes import DualWrites
 from .embedding_result import Result
+from .index_options import NO_INDEX_OPTIONS, IndexOptions, parse_index_options
 from .index_writes import IndexWrites, collection_of
 from .inputs import CostPreview, preview_cost
 from .model_registry import Model, Registry
@@ -54,10 +55,8 @@ from .pipeline import EmbeddingPipeline, apply_dimension_strategy, space_of
 from .provider_factory import open_providers
 from .request import (
     MAX_INPUTS,
-    NO_INDEX_OPTIONS,
     Client,
     EmbeddingRequest,
-    IndexOptions,
     Inputs,
     Secret,
     convert_input,
@@ -405,7 +404,7 @@ class EmbeddingService(SearchMixin):
             user=user,
             parameters=further.parameters,
             neutral=further.neutral,
-            index=request.parse_index_options(index, len(parsed)),
+            index=parse_index_options(index, len(parsed)),
         )
         return await self.answer(embedding_request, caller, control)
 

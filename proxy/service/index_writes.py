@@ -37,9 +37,9 @@ from embedding_proxy.proxy.config.index import Hnsw, Optimizers, Qdrant
 from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 
-from . import request
+from .cache_policy import parse_cache_control
 from .embedding_result import Result
-from .request import NO_INDEX_OPTIONS, IndexOptions
+from .index_options import NO_INDEX_OPTIONS, IndexOptions
 
 log = logging.getLogger("embedding_proxy.index")
 
@@ -169,11 +169,7 @@ class IndexWrites:
     async def take(self, options: IndexOptions, control: str, result: Result) -> None:
         """Put what was answered into the outbox. Never raises; waits for the local disk only."""
         try:
-            if (
-                options.is_enabled
-                and result.inputs
-                and not request.parse_cache_control(control).no_store
-            ):
+            if options.is_enabled and result.inputs and not parse_cache_control(control).no_store:
                 await self._take(options, result)
         except Exception:
             log.exception("an answer is not indexed")

@@ -34,11 +34,12 @@ from embedding_proxy.proxy import request_fields
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.request_fields import SpaceWatch
 
+from .cache_policy import to_cache_policy
 from .client_keys import Ask, ClientKeys
 from .embedding_result import Result, check, check_in_steps, make_result
 from .inputs import are_short_texts, prepare
 from .model_registry import Model, Registry
-from .request import Client, EmbeddingRequest, to_cache_policy
+from .request import Client, EmbeddingRequest
 
 T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.fallback")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import diskcache
 import pytest
-from embedding_proxy.cache.disk import connection, database, purge
+from embedding_proxy.cache.disk import connection, database, disk_full, purge
 from embedding_proxy.cache.disk import store as store_module
 from embedding_proxy.cache.disk.database import PAGE_BYTES, RawDisk, log_bytes
 from embedding_proxy.cache.disk.lock import WriterLock
@@ -471,11 +471,11 @@ async def test_a_disk_that_is_nearly_full_is_spared(tmp_path, monkeypatch, caplo
     """With little room left nothing is written, hits go on, and it recovers by itself."""
     async with Store(tmp_path, GIB) as store:
         await store.put_many(_records([1]))
-        monkeypatch.setattr(database, "FREE_BYTES", 1 << 62)
+        monkeypatch.setattr(disk_full, "FREE_BYTES", 1 << 62)
         assert await store.put_many(_records([2])) is False
         assert "nearly full" in caplog.text
         assert await _read(store, [_address(1)]) == _records([1])
-        monkeypatch.setattr(database, "FREE_BYTES", 0)
+        monkeypatch.setattr(disk_full, "FREE_BYTES", 0)
         assert await store.put_many(_records([2]))
 
 

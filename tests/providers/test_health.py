@@ -2,7 +2,8 @@
 
 import pytest
 from embedding_proxy.providers.errors import RateLimited, Refusal
-from embedding_proxy.providers.routing.health import MAX_COOLDOWN, Health
+from embedding_proxy.providers.routing.cooldown import MAX_COOLDOWN
+from embedding_proxy.providers.routing.health import Health
 
 
 class Rig:

@@ -28,7 +28,8 @@ from embedding_proxy.providers.errors import (
     UpstreamTimeout,
 )
 from embedding_proxy.providers.routing.circuit_breaker import State
-from embedding_proxy.providers.routing.health import MAX_COOLDOWN_TOLD_S, HealthRegistry
+from embedding_proxy.providers.routing.cooldown import MAX_COOLDOWN_TOLD_S
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.policy import CREDIT_COOLDOWN_S, KEY_COOLDOWN_S, rule
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.batch import PROBE_LIMIT_S

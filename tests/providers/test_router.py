@@ -23,7 +23,8 @@ from embedding_proxy.providers.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from embedding_proxy.providers.routing.health import FIRST_COOLDOWN, HealthRegistry
+from embedding_proxy.providers.routing.cooldown import FIRST_COOLDOWN
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.policy import MAX_ATTEMPTS, MAX_WAIT_S
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler

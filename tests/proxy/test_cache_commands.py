@@ -23,6 +23,7 @@ from embedding_proxy.cache.disk import (
     bounds,
     connection,
     database,
+    disk_full,
     exclusive_file,
     purge,
     quarantine,
@@ -717,7 +718,7 @@ async def test_a_proxy_writes_while_a_purge_deletes(run, start_proxy, upstream, 
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch):
     """Have the cache lie on a small file system of its own; skip where none can be mounted."""
-    monkeypatch.setattr(database, "FREE_BYTES", 0)
+    monkeypatch.setattr(disk_full, "FREE_BYTES", 0)
     monkeypatch.setattr(exclusive_file, "BUSY_SECONDS", 0.01)
     try:
         with file_system(tmp_path / "cache", 8 << 20):

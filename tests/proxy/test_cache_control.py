@@ -7,7 +7,11 @@ import pytest
 from embedding_proxy.providers.base import NORMAL, CachePolicy
 from embedding_proxy.proxy.config import fields
 from embedding_proxy.proxy.config.fields import Mode
-from embedding_proxy.proxy.service.request import CacheControl, parse_cache_control, to_cache_policy
+from embedding_proxy.proxy.service.cache_policy import (
+    CacheControl,
+    parse_cache_control,
+    to_cache_policy,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 

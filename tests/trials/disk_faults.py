@@ -310,7 +310,7 @@ async def suffer(fault: str, seconds: float, folder: Path, *, in_short: bool = F
     async with contextlib.AsyncExitStack() as stack:
         if fault == "full":
             # To the last byte, and not as far as the proxy would leave some of it to others.
-            constants["embedding_proxy.cache.disk.database.FREE_BYTES"] = 0
+            constants["embedding_proxy.cache.disk.disk_full.FREE_BYTES"] = 0
         if "full" in fault:
             stack.enter_context(file_system(directory, 256 << 20))
         upstream = await stack.enter_async_context(FaultServer())
