@@ -22,7 +22,7 @@ from embedding_proxy.providers.base import (
     Vector,
     slices,
 )
-from embedding_proxy.providers.billing import Account, Bill, OnCharge, nanodollars
+from embedding_proxy.providers.charge import Account, Bill, OnCharge, nanodollars
 from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError
 
 from .cached_hit import CachedHit, CountedEmbeddings

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from embedding_proxy.providers.base import Context, Embedded, Embedder, Input
-from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.charge import Bill
 from embedding_proxy.providers.errors import (
     ClientKeyRefused,
     DeadlineExceeded,

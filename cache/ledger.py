@@ -9,7 +9,7 @@ import enum
 from operator import add
 from typing import Any, NamedTuple, TypeAlias
 
-from embedding_proxy.providers.billing import Account, Bill
+from embedding_proxy.providers.charge import Account, Bill
 
 from .key import OTHER, OTHER_NAMESPACE, Partition
 

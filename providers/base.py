@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote_to_bytes
 import orjson
 
 from .attempts import Attempt
-from .billing import NOBODY, Account, Charge, OnCharge
+from .charge import NOBODY, Account, Charge, OnCharge
 from .client_credential import Credential
 from .errors import InvalidRequest
 

@@ -30,7 +30,7 @@ It knows no provider, no cache and no wire format::
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from .billing import Charge
+from .charge import Charge
 
 
 class EmbeddingError(Exception):

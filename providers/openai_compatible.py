@@ -17,7 +17,7 @@ from embedding_proxy.providers.upstream.transport import Reply, Transport
 
 from . import descriptors, request_context, tokens
 from .base import Context, Embedded, Input, Outcome, Space
-from .billing import Charge
+from .charge import Charge
 from .client_credential import MOST_KEYS, Credential
 from .errors import (
     AuthenticationError,

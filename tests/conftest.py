@@ -26,13 +26,13 @@ from command import Run, runner
 from embedding_proxy.providers import attempts, local
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.app import SERVICE, build_app
+from embedding_proxy.proxy.http.app_runner import Runner
 from embedding_proxy.proxy.http.metrics import Metrics
 from embedding_proxy.proxy.http.response_cache import (
     CachedResponse,
     RequestKey,
     ResponseCache,
 )
-from embedding_proxy.proxy.http.runner import Runner
 from embedding_proxy.proxy.http.status import Status
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import FaultServer

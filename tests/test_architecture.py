@@ -53,7 +53,7 @@ TERMS = {"blocking", "in_flight"}
 
 SEEN_BY_CACHE = {
     "providers.base",
-    "providers.billing",
+    "providers.charge",
     "providers.client_credential",
     "providers.errors",
     "providers.vector",

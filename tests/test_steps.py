@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from embedding_proxy.providers.base import Embedded, Outcome
-from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.charge import Charge
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.proxy.config.schema import Settings

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
-from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.charge import Bill
 
 from .route import Route
 

@@ -6,7 +6,7 @@ from typing import Protocol, Self
 
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import Context, Embedded, Input, Space
-from embedding_proxy.providers.billing import Account, Bill, Charge, nanodollars
+from embedding_proxy.providers.charge import Account, Bill, Charge, nanodollars
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits, limits_of

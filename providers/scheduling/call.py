@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context, Embedded
-from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.charge import Bill
 from embedding_proxy.providers.errors import InvalidAnswer, LocalQueueFull, ProviderError
 from embedding_proxy.providers.routing.health import Slots
 from embedding_proxy.providers.routing.route import Route

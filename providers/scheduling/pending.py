@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from embedding_proxy.providers.base import Context, Embedded, Input, Space
-from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.charge import Bill
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import (
     DeadlineExceeded,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Input, Space, Vector
-from embedding_proxy.providers.billing import MAX_NANODOLLARS, NANO, Charge
+from embedding_proxy.providers.charge import MAX_NANODOLLARS, NANO, Charge
 from embedding_proxy.providers.errors import InvalidAnswer, MalformedResponse, ProviderError
 
 from . import duplicate_vectors, error_reply

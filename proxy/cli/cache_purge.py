@@ -27,7 +27,7 @@ from embedding_proxy.index.outbox import (
 )
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
 from embedding_proxy.providers.base import current_label
-from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.charge import NANO
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.storage import GIB

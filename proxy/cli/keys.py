@@ -13,7 +13,7 @@ from embedding_proxy.cache.disk import connection
 from embedding_proxy.cache.disk.database import FAILURES, FILE_NAME
 from embedding_proxy.cache.disk.read_only import read_ledger
 from embedding_proxy.cache.ledger import LedgerFilter
-from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.charge import NANO
 from embedding_proxy.proxy.config import keys_file, loader
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey
 from embedding_proxy.proxy.config.schema import Settings

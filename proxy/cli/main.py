@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from embedding_proxy.proxy.config.schema import Settings
-    from embedding_proxy.proxy.http import control, server
+    from embedding_proxy.proxy.http import control
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
         from embedding_proxy.proxy import log  # noqa: PLC0415
         from embedding_proxy.proxy.config import loader  # noqa: PLC0415
         from embedding_proxy.proxy.config.fields import MODES  # noqa: PLC0415
-        from embedding_proxy.proxy.http import control, server  # noqa: PLC0415
+        from embedding_proxy.proxy.http import control, process  # noqa: PLC0415
         from embedding_proxy.proxy.http.workers import Supervisor  # noqa: PLC0415
 
         from . import startup_log  # noqa: PLC0415
@@ -122,9 +122,9 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
     directory = settings.cache.directory
     with ExitStack() as stack:
         if take_over:
-            sockets = server.take_over(settings)
+            sockets = process.take_over(settings)
         else:
-            sockets = [server.listen(settings), *server.listen_metrics(settings)]
+            sockets = [process.listen(settings), *process.listen_metrics(settings)]
         listening, *others = map(stack.enter_context, sockets)
         metrics_socket = others[0] if others else None
         path = control.socket_path(directory, listening.getsockname()[1])
@@ -134,7 +134,7 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
             if take_over:
                 control.ask(path, control.STOP)
             listener = control.listen(path)
-            url = server.base_url(listening, is_encrypted=settings.server.tls is not None)
+            url = process.base_url(listening, is_encrypted=settings.server.tls is not None)
             typer.echo(f"export OPENAI_BASE_URL={url}")
             return listener
 
@@ -142,7 +142,7 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
             settings: "Settings", ready: "server.Announce", channel: "socket.socket | None" = None
         ) -> signal.Signals:
             with handle_failures():
-                served = server.serve(
+                served = process.serve(
                     settings,
                     listening,
                     ready,

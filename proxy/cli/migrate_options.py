@@ -22,7 +22,7 @@ from embedding_proxy.index.migration.state import FOLDER, MigrationState
 from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space, Vector
-from embedding_proxy.providers.dimensions import can_give
+from embedding_proxy.providers.dimension_policy import can_give
 from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.proxy.config import loader

@@ -107,7 +107,7 @@ def _foreseeable() -> tuple[type[Exception], ...]:
     from embedding_proxy.index.migration.state import MigrationStateError  # noqa: PLC0415
     from embedding_proxy.index.migration.text_template import TemplateError  # noqa: PLC0415
     from embedding_proxy.providers.errors import EmbeddingError  # noqa: PLC0415
-    from embedding_proxy.proxy.http.server import PortUnavailable  # noqa: PLC0415
+    from embedding_proxy.proxy.http.process import PortUnavailable  # noqa: PLC0415
 
     return (
         ArchiveError,

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, get_args
 from embedding_proxy.cache import atomic_file, private_files
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.key import RESERVED_NAMESPACES
-from embedding_proxy.providers.billing import NANO, Period, SpendingLimit
+from embedding_proxy.providers.charge import NANO, Period, SpendingLimit
 
 from . import yaml_file
 from .errors import ConfigError, KeyPath, looks_like_key

@@ -4,7 +4,13 @@ from typing import Annotated, Literal
 
 from embedding_proxy.providers import model_catalog
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.dimensions import BUILT_IN, Policy, UnknownStrategy, can_give, find
+from embedding_proxy.providers.dimension_policy import (
+    BUILT_IN,
+    Policy,
+    UnknownStrategy,
+    can_give,
+    find,
+)
 from embedding_proxy.providers.model_catalog import ModelEntry
 from pydantic import Field, ValidationError, field_validator, model_validator
 

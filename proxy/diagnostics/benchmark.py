@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import Context, Space, Vector
-from embedding_proxy.providers.billing import NANO, Account, Bill, nanodollars
+from embedding_proxy.providers.charge import NANO, Account, Bill, nanodollars
 from embedding_proxy.providers.errors import (
     AuthenticationError,
     EmbeddingError,

@@ -18,7 +18,13 @@ from embedding_proxy.proxy.http.pace import MIN_BYTES_PER_S, UnreadReplies
 from embedding_proxy.proxy.http.request_log import RequestLog
 from embedding_proxy.proxy.http.request_metrics import RequestMetrics
 from embedding_proxy.proxy.http.response_cache import HitCache, JSONVectorCache, ResponseCache
-from embedding_proxy.proxy.http.runner import (
+from embedding_proxy.proxy.http.status import Status
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.request import CALLER
+from embedding_proxy.proxy.service.storage import MIB, REPLIES_SHARE
+
+from . import request_body, request_log, status
+from .app_runner import (
     CONNECTION,
     HEAD_TIMEOUT_S,
     LIMITS,
@@ -28,12 +34,6 @@ from embedding_proxy.proxy.http.runner import (
     SEND_TIMEOUT_S,
     UNREAD,
 )
-from embedding_proxy.proxy.http.status import Status
-from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.request import CALLER
-from embedding_proxy.proxy.service.storage import MIB, REPLIES_SHARE
-
-from . import request_body, request_log, status
 from .auth import Authenticator, KeysWatch, read_keys
 from .embeddings import Embeddings
 from .metrics_listener import MetricsListener

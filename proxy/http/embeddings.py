@@ -7,7 +7,7 @@ from functools import partial
 import orjson
 from aiohttp import web
 from embedding_proxy.providers.base import Vector
-from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.charge import NANO
 from embedding_proxy.proxy.http.pace import UnreadReplies
 from embedding_proxy.proxy.http.request_log import MODEL, USD
 from embedding_proxy.proxy.http.response_cache import (
@@ -20,7 +20,6 @@ from embedding_proxy.proxy.http.response_cache import (
     RequestContext,
     header_lines,
 )
-from embedding_proxy.proxy.http.runner import CONNECTION
 from embedding_proxy.proxy.service.cache_policy import effective_cache_control
 from embedding_proxy.proxy.service.embedding_result import Result
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
@@ -28,6 +27,7 @@ from embedding_proxy.proxy.service.index_options import NO_INDEX_OPTIONS
 from embedding_proxy.proxy.service.request import Client, EmbeddingRequest
 
 from . import openai_format
+from .app_runner import CONNECTION
 
 # Up to this many bytes, reading a body is quicker than handing it to a thread.
 _PARSE_INLINE = 1 << 20

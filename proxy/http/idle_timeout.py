@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Self
 
 from aiohttp import web
-from embedding_proxy.proxy.http.runner import CONNECTION
+
+from .app_runner import CONNECTION
 
 
 class IdleTooLong(TimeoutError):

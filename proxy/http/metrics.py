@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 from aiohttp import web
 from embedding_proxy.cache.ledger import By
 from embedding_proxy.cache.maintenance.stats import read_size
-from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.charge import NANO
 from embedding_proxy.providers.histogram import BOUND_NAMES, Histogram
 from embedding_proxy.providers.routing.circuit_breaker import State
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService

@@ -11,8 +11,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from . import status
+from .app_runner import Runner
 from .middleware import METRICS_PATH
-from .runner import Runner
 
 GRACE_S = 1.0
 """For a scrape to end when the proxy stops."""

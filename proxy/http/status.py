@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 from embedding_proxy.cache.ledger import By, Usage
-from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.charge import NANO
 from embedding_proxy.providers.routing.retry_budget import MAX_TOKENS
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from embedding_proxy.proxy.service.request import CALLER, Client

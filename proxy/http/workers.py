@@ -26,7 +26,7 @@ from embedding_proxy.proxy.config.schema import Settings
 
 from . import control
 from .control import REPLY_S, Listener, Reply, Request
-from .server import Announce, Load, terminal_is_gone, told_of_reload, unchangeable
+from .process import Announce, Load, terminal_is_gone, told_of_reload, unchangeable
 from .systemd import notify, reloading, watchdog_interval
 
 log = logging.getLogger("embedding_proxy.workers")

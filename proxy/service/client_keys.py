@@ -37,7 +37,7 @@ from embedding_proxy.cache.cached_hit import CountedEmbeddings, Reusable
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.cache.key import part
 from embedding_proxy.providers.base import Context, Input, Vector
-from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.charge import Bill
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import (
     ClientKeyRefused,

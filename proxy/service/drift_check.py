@@ -21,7 +21,7 @@ from embedding_proxy.cache import atomic_file
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context
-from embedding_proxy.providers.billing import Account
+from embedding_proxy.providers.charge import Account
 from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.route_check import SAME, TEXTS, Probe, agreement, probe
 from embedding_proxy.providers.routing.health import HealthRegistry

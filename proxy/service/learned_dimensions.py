@@ -28,7 +28,7 @@ from embedding_proxy.cache.in_flight import InFlight, SharedTask, wait
 from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space, slices
-from embedding_proxy.providers.billing import Bill, OnCharge
+from embedding_proxy.providers.charge import Bill, OnCharge
 from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError, InvalidAnswer
 from embedding_proxy.providers.scheduling import assembly
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from aiohttp import web
 from embedding_proxy.cache.tiers import Lookup
 from embedding_proxy.providers.base import Input
-from embedding_proxy.providers.billing import SpendingLimit
+from embedding_proxy.providers.charge import SpendingLimit
 from embedding_proxy.providers.errors import InvalidRequest
 
 from .index_options import NO_INDEX_OPTIONS, IndexOptions

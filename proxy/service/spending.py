@@ -19,7 +19,7 @@ from embedding_proxy.cache.errors import BudgetExceeded
 from embedding_proxy.cache.ledger import LedgerFilter
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space
-from embedding_proxy.providers.billing import NANO, Bill, SpendingLimit, nanodollars
+from embedding_proxy.providers.charge import NANO, Bill, SpendingLimit, nanodollars
 
 _PERIODS = {"day": "of this day (UTC)", "month": "of this month (UTC)", "ever": "in all"}
 

@@ -18,7 +18,7 @@ from embedding_proxy.providers.base import (
     Outcome,
     Space,
 )
-from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.charge import Bill
 
 
 def key_of(item: Input, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Key:

@@ -12,7 +12,7 @@ from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiers import LOT, Tiers
 from embedding_proxy.providers.base import NORMAL, CachePolicy, Context, Space
-from embedding_proxy.providers.billing import Account
+from embedding_proxy.providers.charge import Account
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 

@@ -15,7 +15,7 @@ from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiers import TierCounters, Tiers
 from embedding_proxy.providers.base import Context, Outcome, Space
-from embedding_proxy.providers.billing import Account
+from embedding_proxy.providers.charge import Account
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import (
     ClientKeyRefused,

@@ -15,7 +15,7 @@ from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Context, Outcome, Space
-from embedding_proxy.providers.billing import Account, Bill
+from embedding_proxy.providers.charge import Account, Bill
 from embedding_proxy.providers.errors import RateLimited
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, settle, tokens_of

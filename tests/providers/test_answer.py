@@ -11,7 +11,7 @@ from email.utils import format_datetime
 
 import pytest
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.charge import Charge
 from embedding_proxy.providers.errors import (
     AuthenticationError,
     EmbeddingError,

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from embedding_proxy.providers.base import Context, Space
-from embedding_proxy.providers.billing import MAX_NANODOLLARS, Account, Bill, Charge, nanodollars
+from embedding_proxy.providers.charge import MAX_NANODOLLARS, Account, Bill, Charge, nanodollars
 from embedding_proxy.providers.errors import InvalidAnswer, RateLimited
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.route_check import call_route

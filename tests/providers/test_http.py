@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import Context, Outcome, Space
-from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.charge import Charge
 from embedding_proxy.providers.errors import (
     AuthenticationError,
     DeadlineExceeded,

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from embedding_proxy.providers.base import Context, Embedded, Outcome, Space
-from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.charge import Charge
 from embedding_proxy.providers.errors import (
     AuthenticationError,
     ClientKeyRefused,

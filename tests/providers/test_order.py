@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 from clock import Clock
-from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.charge import Bill
 from embedding_proxy.providers.routing.order import (
     ENOUGH,
     INPUTS_A_CALL,

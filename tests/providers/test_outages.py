@@ -9,7 +9,7 @@ import pytest
 from clock import Clock, run_leaping
 from embedding_proxy.providers import errors
 from embedding_proxy.providers.base import Context, Embedded, Space
-from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.charge import Charge
 from embedding_proxy.providers.errors import (
     AuthenticationError,
     InvalidAnswer,

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 
 from embedding_proxy.providers.base import Context, Space
-from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.charge import Charge
 from embedding_proxy.providers.errors import (
     EmbeddingError,
     InvalidAnswer,

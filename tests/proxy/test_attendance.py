@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
+from embedding_proxy.proxy.http.app_runner import CONNECTION
 from embedding_proxy.proxy.http.connection import Connection
 from embedding_proxy.proxy.http.idle_timeout import ClientGone, IdleTimeout, IdleTooLong
-from embedding_proxy.proxy.http.runner import CONNECTION
 
 
 @pytest.fixture

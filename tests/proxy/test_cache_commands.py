@@ -39,7 +39,7 @@ from embedding_proxy.index.outbox import Outbox, select_entries
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.charge import NANO
 from embedding_proxy.proxy.cli import cache_purge, main
 from fault_server import vector_of
 

@@ -24,7 +24,7 @@ from embedding_proxy.proxy.cli import main
 from embedding_proxy.proxy.cli.demo import DemoFailed
 from embedding_proxy.proxy.cli.imports import importing
 from embedding_proxy.proxy.config.fields import MODES
-from embedding_proxy.proxy.http.server import PortUnavailable
+from embedding_proxy.proxy.http.process import PortUnavailable
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "embedding_proxy", "serve"]
@@ -243,13 +243,13 @@ def serving(monkeypatch):
             announce()
             return outcome
 
-        monkeypatch.setattr("embedding_proxy.proxy.http.server.serve", serve)
+        monkeypatch.setattr("embedding_proxy.proxy.http.process.serve", serve)
         listening = SimpleNamespace(getsockname=lambda: ("h", 1))
         listen = contextlib.nullcontext(listening)
-        monkeypatch.setattr("embedding_proxy.proxy.http.server.listen", lambda _: listen)
+        monkeypatch.setattr("embedding_proxy.proxy.http.process.listen", lambda _: listen)
         monkeypatch.setattr("embedding_proxy.proxy.http.control.listen", lambda _: None)
         monkeypatch.setattr(
-            "embedding_proxy.proxy.http.server.base_url", lambda _, **__: "http://h:1/v1"
+            "embedding_proxy.proxy.http.process.base_url", lambda _, **__: "http://h:1/v1"
         )
         return noted
 
@@ -433,7 +433,7 @@ INTERRUPTED = {
     ),
     "serve": (
         ["serve", "--port", "0"],
-        ["pydantic", "yaml", "embedding_proxy.proxy.http.server", "uvloop"],
+        ["pydantic", "yaml", "embedding_proxy.proxy.http.process", "uvloop"],
     ),
     "demo": (["demo"], ["openai", "rich.table"]),
 }

@@ -12,7 +12,7 @@ from embedding_proxy.providers.errors import NoRoute
 from embedding_proxy.proxy.cli import formatting, output
 from embedding_proxy.proxy.cli.output import WorkFailed
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.http.server import PortUnavailable
+from embedding_proxy.proxy.http.process import PortUnavailable
 from embedding_proxy.proxy.http.workers import WorkerFailed
 
 FAILURES = [

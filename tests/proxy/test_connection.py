@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from aiohttp import web
-from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.http.app_runner import Runner
 from talk import Talk
 
 GOOD = b'{"model":"text-embedding-3-small","input":"a"}'

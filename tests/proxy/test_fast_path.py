@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 from conftest import IS_FAST, Proxy, StartProxy
 from embedding_proxy.proxy.http import connection as module
+from embedding_proxy.proxy.http.app_runner import LIMITS, RESPONSES
 from embedding_proxy.proxy.http.connection import Connection
-from embedding_proxy.proxy.http.runner import LIMITS, RESPONSES
 from fault_server import FaultServer
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -9,8 +9,8 @@ from conftest import Proxy
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.proxy.http import openai_format, response_cache
+from embedding_proxy.proxy.http.app_runner import RESPONSES
 from embedding_proxy.proxy.http.framing import plain_request
-from embedding_proxy.proxy.http.runner import RESPONSES
 from fault_server import FaultServer
 from hypothesis import given
 from hypothesis import strategies as st

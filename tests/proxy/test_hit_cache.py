@@ -5,8 +5,8 @@ import hashlib
 
 import pytest
 from conftest import IS_FAST
+from embedding_proxy.proxy.http.app_runner import RESPONSES
 from embedding_proxy.proxy.http.response_cache import HitCache, Hits, ResponseCache
-from embedding_proxy.proxy.http.runner import RESPONSES
 from embedding_proxy.proxy.service.request import Client
 
 _PIECE, MIN_BODY = HitCache._PIECE, HitCache.MIN_BODY

@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 from embedding_proxy.cache import ledger
 from embedding_proxy.cache.ledger import LedgerKey, LimitedLedgerKey
-from embedding_proxy.providers.billing import NANO, SpendingLimit
+from embedding_proxy.providers.charge import NANO, SpendingLimit
 from embedding_proxy.proxy.config import keys_file
 from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, is_key, new_key

@@ -15,7 +15,7 @@ import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
 from embedding_proxy.providers.upstream import hops
-from embedding_proxy.proxy.http.runner import LIMITS
+from embedding_proxy.proxy.http.app_runner import LIMITS
 from yarl import URL
 
 KEY = "openai-secret-key"

@@ -17,8 +17,9 @@ import pytest
 from aiohttp import web
 from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import control, server, systemd
-from embedding_proxy.proxy.http.server import Instance, base_url, listen
+from embedding_proxy.proxy.http import control, systemd
+from embedding_proxy.proxy.http import process as server
+from embedding_proxy.proxy.http.process import Instance, base_url, listen
 from pages import ROOT
 from reload_trial import run
 

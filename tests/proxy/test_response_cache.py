@@ -11,6 +11,7 @@ from clock import Clock
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.proxy.cli import main
 from embedding_proxy.proxy.http import connection
+from embedding_proxy.proxy.http.app_runner import RESPONSES
 from embedding_proxy.proxy.http.response_cache import (
     _INPUT_BYTES,
     _OVERHEAD,
@@ -19,7 +20,6 @@ from embedding_proxy.proxy.http.response_cache import (
     RequestKey,
     ResponseCache,
 )
-from embedding_proxy.proxy.http.runner import RESPONSES
 from fault_server import status
 from hypothesis import given
 from hypothesis import strategies as st

@@ -12,8 +12,8 @@ from aiohttp import web
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.providers import attempts
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import server
-from embedding_proxy.proxy.http.server import PortUnavailable, base_url, listen, serve
+from embedding_proxy.proxy.http import process
+from embedding_proxy.proxy.http.process import PortUnavailable, base_url, listen, serve
 from fault_server import hang
 
 GRACE_SECONDS = 30.0
@@ -46,7 +46,7 @@ async def _started(settings: Settings) -> tuple[asyncio.Task[signal.Signals], st
     return task, base_url(listening)
 
 
-@pytest.mark.parametrize("number", server.IMPATIENT_SIGNALS)
+@pytest.mark.parametrize("number", process.IMPATIENT_SIGNALS)
 async def test_a_signal_ends_it_in_good_order(number, settings):
     """Told to stop, it says what told it; then the port is free, and the cache can be reopened."""
     for outcome in ("miss", "hit"):
@@ -172,10 +172,10 @@ async def test_a_cache_that_cannot_be_opened_comes_before_the_port(settings, tmp
 def test_the_url_holds_the_real_port(host, url, tmp_path, upstream):
     """The URL is fit to be pasted: an address that was taken, and the port that was."""
     with listen(_settings(tmp_path, upstream, host=host)) as listening:
-        assert server.base_url(listening) == url.format(listening.getsockname()[1])
+        assert process.base_url(listening) == url.format(listening.getsockname()[1])
 
 
 def test_the_url_of_an_ipv6_address_has_brackets():
     """Brackets keep the address and the port apart."""
     listening = SimpleNamespace(getsockname=lambda: ("::1", 8080, 0, 0))
-    assert server.base_url(listening) == "http://[::1]:8080/v1"
+    assert process.base_url(listening) == "http://[::1]:8080/v1"

@@ -12,7 +12,7 @@ import pytest
 from embedding_proxy.cache.maintenance.stats import read_size
 from embedding_proxy.proxy.cli import startup_log
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import server
+from embedding_proxy.proxy.http import process
 
 
 @pytest.fixture
@@ -26,14 +26,14 @@ def started(tmp_path, monkeypatch, caplog):
         sections.setdefault("cache", {"directory": str(tmp_path / "cache")})
         keys = sections.pop("server", {})
         settings = Settings.model_validate({"server": {"port": 0, **keys}, **sections})
-        with server.listen(settings) as listening:
-            url, ready = server.base_url(listening), asyncio.Event()
+        with process.listen(settings) as listening:
+            url, ready = process.base_url(listening), asyncio.Event()
 
             def announce() -> None:
                 startup_log.report(settings)
                 ready.set()
 
-            task = asyncio.create_task(server.serve(settings, listening, announce))
+            task = asyncio.create_task(process.serve(settings, listening, announce))
             waiting = asyncio.create_task(ready.wait())
             await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
             if texts:

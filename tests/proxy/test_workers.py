@@ -123,7 +123,7 @@ async def test_what_a_terminal_sends_to_all_ends_them_in_good_order(
 
 def test_a_second_signal_ends_the_workers_at_once(tmp_path):
     """The parent passes it on: a worker that does not end is not waited for."""
-    stuck = "import asyncio, embedding_proxy.proxy.http.runner as c\n"
+    stuck = "import asyncio, embedding_proxy.proxy.http.app_runner as c\n"
     stuck += "c.Runner.cleanup = lambda _: asyncio.Event().wait()\n"
     with _running(tmp_path, before=stuck) as (parent, _):
         parent.send_signal(signal.SIGINT)

@@ -11,9 +11,9 @@ from unittest.mock import Mock
 import pytest
 from embedding_proxy.proxy.config.schema import Server, Settings
 from embedding_proxy.proxy.http import connection_limits
+from embedding_proxy.proxy.http.app_runner import LIMITS
 from embedding_proxy.proxy.http.connection import Connection
 from embedding_proxy.proxy.http.connection_limits import MIN_WAIT_S, ConnectionLimits
-from embedding_proxy.proxy.http.runner import LIMITS
 from pydantic import ValidationError
 from talk import Talk
 

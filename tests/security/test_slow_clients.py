@@ -11,7 +11,8 @@ import pytest
 from aiohttp import web
 from any_server import AnyServer, echo
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import runner
+from embedding_proxy.proxy.http import app_runner
+from embedding_proxy.proxy.http.app_runner import LIMITS
 from embedding_proxy.proxy.http.pace import (
     MIN_BUSY_BYTES_PER_S,
     MIN_BYTES_PER_S,
@@ -19,7 +20,6 @@ from embedding_proxy.proxy.http.pace import (
     SendWatch,
     UnreadReplies,
 )
-from embedding_proxy.proxy.http.runner import LIMITS
 from pydantic import ValidationError
 from talk import Talk
 
@@ -56,7 +56,7 @@ BULK = _request(
 @pytest.mark.parametrize("form", [LENGTH, CHUNKED], ids=["length", "chunked"])
 async def test_a_body_that_drips_is_a_408(form, path, start_proxy, monkeypatch):
     """A byte now and then wins no time, nor is the rest waited for long after the reply."""
-    monkeypatch.setattr(runner, "LINGER_S", 1.0)
+    monkeypatch.setattr(app_runner, "LINGER_S", 1.0)
     line, drip = form
     async with AnyServer() as other:
         server = {"body_timeout_s": SOON}

@@ -8,7 +8,7 @@ import signal
 import pytest
 from any_server import AnyServer
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http.server import base_url, listen, serve
+from embedding_proxy.proxy.http.process import base_url, listen, serve
 from fault_server import FaultServer
 from talk import Talk
 

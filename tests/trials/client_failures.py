@@ -25,7 +25,7 @@ from aiohttp import web
 from client_trial import CLIENTS, Broken, Client, prepare, run
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.app import build_app
-from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.http.app_runner import Runner
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import Act, FaultServer, Payload, reset, status
 

@@ -28,7 +28,7 @@ import splintr
 from aiohttp import web
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.app import build_app
-from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.http.app_runner import Runner
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import Call, FaultServer, Payload, status, vector_of
 

@@ -16,10 +16,10 @@ from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.providers import descriptors
 from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http.runner import Runner
 
 from . import control, tls
 from .app import SERVICE, build_app
+from .app_runner import Runner
 from .control import Listener, Reply, Request, WorkerRequest
 from .status import READINESS
 from .systemd import keep_watchdog_calm, notify, reloading
