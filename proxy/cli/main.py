@@ -139,7 +139,7 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
             return listener
 
         def work(
-            settings: "Settings", ready: "server.Announce", channel: "socket.socket | None" = None
+            settings: "Settings", ready: "process.Announce", channel: "socket.socket | None" = None
         ) -> signal.Signals:
             with handle_failures():
                 served = process.serve(
