@@ -47,7 +47,7 @@ async def test_one_of_several_named_vectors_is_ours(start_proxy, upstream, qdran
         client.upsert("docs", [image_of_7], wait=True)
 
     await _client(qdrant, make)
-    index = section(qdrant, collection="docs", vector_name="text", adopt=True)
+    index = section(qdrant, collection="docs", vector_name="text", adopt_unlabeled=True)
     proxy = await start_proxy(upstream, index=index)
     await ask(proxy, "a", "b", index={"ids": [7, 8], "update": True})
     told = await arrived(proxy)

@@ -257,7 +257,7 @@ async def _proxy(
     """Open a proxy with an empty cache in front of an upstream; give its base URL."""
     os.environ[KEY] = "upstream-key"
     told = dict(failure.provider)
-    if "key" not in told:
+    if "auth" not in told:
         told.setdefault("api_key_env", KEY)
     settings = Settings.model_validate(
         {
