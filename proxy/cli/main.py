@@ -130,11 +130,11 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
         path = control.socket_path(directory, listening.getsockname()[1])
 
         def announce() -> "control.Listener | None":
-            startup_log.report(settings)
+            url = process.base_url(listening, is_encrypted=settings.server.tls is not None)
+            startup_log.report(settings, url)
             if take_over:
                 control.ask(path, control.STOP)
             listener = control.listen(path)
-            url = process.base_url(listening, is_encrypted=settings.server.tls is not None)
             typer.echo(f"export OPENAI_BASE_URL={url}")
             return listener
 

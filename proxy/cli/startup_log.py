@@ -72,10 +72,12 @@ def _check_keys(configuration: Configuration) -> None:
         raise ConfigError(configuration.problem(("server", "keys_file"), missing))
 
 
-def report(settings: Settings) -> None:
-    """Say it, once the proxy answers requests."""
+def report(settings: Settings, url: str) -> None:
+    """Say it, once the proxy answers requests at a base URL."""
     log.info("embedding-proxy %s", metadata.version("embedding-proxy"))
     log.info("%s", _cache_line(settings))
+    root = url.removesuffix("/v1")
+    log.info("status: %s/status, metrics: %s/metrics", root, root)
     if settings.cache.mode == "frozen":
         return
     ready = list(_ready(settings))

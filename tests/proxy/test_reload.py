@@ -213,6 +213,31 @@ async def test_a_certificate_is_renewed_by_a_reload(tmp_path, upstream, session,
         assert "server.tls: cannot change" in (await instance.reload()).lines[0]
 
 
+async def test_slow_requests_are_all_answered_after_a_signal(running, upstream):
+    """Two hundred at once, each of another text: all are answered, and all are kept."""
+    release, arrived = asyncio.Event(), asyncio.Event()
+
+    async def hold(_, payload) -> web.Response:
+        arrived.set()
+        await release.wait()
+        return web.json_response(upstream.reply(payload))
+
+    upstream.always = hold
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as client:
+        bodies = [{**GOOD, "input": f"text {number}"} for number in range(200)]
+        requests = [asyncio.create_task(running.post(client, body)) for body in bodies]
+        await arrived.wait()
+        while running.instance._runner.requests.in_flight < len(bodies):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await running.instance.events.put(signal.SIGTERM)
+        assert await running.instance.run() is signal.SIGTERM
+        cleaning = asyncio.create_task(running.instance._runner.cleanup())
+        release.set()
+        assert {response.status for response in await asyncio.gather(*requests)} == {200}
+        await cleaning
+
+
 async def test_the_control_socket(running, tmp_path):
     """Reload, the listening socket, an unknown word, and the end."""
     path = control.socket_path(tmp_path / "cache", 1)
