@@ -30,7 +30,7 @@ def started(tmp_path, monkeypatch, caplog):
             url, ready = process.base_url(listening), asyncio.Event()
 
             def announce() -> None:
-                startup_log.report(settings)
+                startup_log.report(settings, url)
                 ready.set()
 
             task = asyncio.create_task(process.serve(settings, listening, announce))
@@ -54,7 +54,9 @@ def started(tmp_path, monkeypatch, caplog):
 async def test_the_log_tells_version_cache_and_providers(started, upstream, tmp_path):
     """The folder is absolute, with what it holds; the second start finds what the first bought."""
     providers = {"openai": {"base_url": upstream.url}}
-    _, said, warned = await started(2, providers=providers)
+    url, said, warned = await started(2, providers=providers)
+    root = url.removesuffix("/v1")
+    assert f"status: {root}/status, metrics: {root}/metrics" in said
     assert f"embedding-proxy {version('embedding-proxy')}" in said
     line = rf"cache: {re.escape(str(tmp_path / 'cache'))}: N, [\d.]+ kB of at most 53\.7 GB"
     assert [one for one in said if re.fullmatch(line.replace("N", "0 entries"), one)]
