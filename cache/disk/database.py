@@ -211,6 +211,7 @@ class Database:
             sqlite_mmap_size=MMAP_BYTES,
             # What is evicted need not be overwritten; what is purged is (see `purge`).
             sqlite_secure_delete=0,
+            sqlite_temp_store=disk_full.temp_store(),
             sqlite_wal_autocheckpoint=self._log_pages,
         )
         with cache.transact():

@@ -8,6 +8,7 @@ the process the last room is used, too. A purge needs no room: see `exclusive_fi
 import errno
 import shutil
 import sqlite3
+import tempfile
 from pathlib import Path
 
 from .read_only import primary_code
@@ -24,6 +25,19 @@ def check_room(folder: Path) -> None:
     """Raise OSError if less than FREE_BYTES is free where a folder is."""
     if shutil.disk_usage(folder).free < FREE_BYTES:
         raise OSError("the file system is nearly full; nothing is written")
+
+
+def temp_store() -> int:
+    """Return where SQLite is to make its temporary files: 2 = in memory, if there is no folder.
+
+    Else it could not even make a new store, as in a container whose only writable folder is that of
+    the cache. https://www.sqlite.org/pragma.html#pragma_temp_store
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return 2
+    return 0
 
 
 def has_no_room(folder: Path) -> bool:

@@ -439,3 +439,17 @@ def test_a_file_that_goes_away_meanwhile_is_no_obstacle(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "is_file", vanishing)
     disk_module.lock_of(tmp_path).close()
+
+
+async def test_without_a_temporary_folder_sqlite_works_in_memory(tmp_path, monkeypatch):
+    """A container whose only writable folder is that of the cache: a new store is made there."""
+
+    def missing():
+        raise FileNotFoundError
+
+    monkeypatch.setattr("tempfile.gettempdir", missing)
+    async with _opened(tmp_path) as disk:
+        assert disk.file.sql("PRAGMA temp_store").fetchall() == [(2,)]
+    monkeypatch.undo()
+    async with _opened(tmp_path) as disk:
+        assert disk.file.sql("PRAGMA temp_store").fetchall() == [(0,)]
