@@ -739,7 +739,7 @@ async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     assert len(keys.proofs._proved) == len(keys.proofs._refused) == 20
     assert not keys._locks
     assert len(known.cooldowns) <= 20
-    assert len(known._limits) <= 20
+    assert len(known.cooldowns._limits) <= 20
     assert len(proxy.service.upstreams._budgets) == len(_provider(proxy)._client_queues) == 20
 
 

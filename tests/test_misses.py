@@ -553,5 +553,6 @@ def _own_clock(proxy):
         model.router.sleep = clock.sleep
     upstreams = proxy.service.upstreams
     for name in ("openai", "openrouter"):
-        upstreams.of(name)._clock = lambda: clock.now
+        health = upstreams.of(name)
+        health._clock = health.cooldowns._clock = lambda: clock.now
     return clock

@@ -39,6 +39,6 @@ def test_a_rate_limit_may_be_met_at_the_very_end_of_a_rest():
     rig.health.succeeded(first, "m")
     end = rig.now + rig.health.rest("m")
     moments = iter([end - 0.001, end - 0.001, end])
-    rig.health._clock = lambda: next(moments, end)
+    rig.health.cooldowns._clock = lambda: next(moments, end)
     rig.health.failed(second, RateLimited("p", "too many", Refusal(429, "too many")), "m")
     assert rig.health.rest("m") <= MAX_COOLDOWN

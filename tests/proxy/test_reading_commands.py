@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import disk_faults
 import pytest
 from disk_faults import CannotMount, file_system, full, locked, read_only
-from embedding_proxy.cache.disk import connection, database, exclusive_file
+from embedding_proxy.cache.disk import connection, database, disk_full, exclusive_file
 from embedding_proxy.cache.disk.write_batch import WriteBatch
 from embedding_proxy.cache.key import Namespace, Row, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
@@ -211,7 +211,7 @@ def test_a_full_disk_is_named_where_sqlite_says_less(run, fill, monkeypatch):
     with _failing(INJECTED["shared memory"], monkeypatch):
         assert "free some space" not in run("purge", "--all").err
         full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0))
-        monkeypatch.setattr(connection, "shutil", full)
+        monkeypatch.setattr(disk_full, "shutil", full)
         done = run("purge", "--all")
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
     assert "the disk is full, and the store cannot be changed in place: disk I/O error" in done.err

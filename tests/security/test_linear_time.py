@@ -18,7 +18,7 @@ from embedding_proxy.proxy.config import references
 from embedding_proxy.proxy.config import references as file_path
 from embedding_proxy.proxy.config.errors import hide_keys
 from embedding_proxy.proxy.http.target import may_be_embeddings
-from embedding_proxy.proxy.service import request
+from embedding_proxy.proxy.service import cache_policy
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("proxy", "index", "cache", "providers")
@@ -191,7 +191,7 @@ READERS = {
     "a text that is quoted": lambda text: QuotedInputs([text]).hide("wrong: " + text[:400]),
     "a record of the log": lambda text: log.escape(log.hide_credentials(text)),
     "an error of the configuration": hide_keys,
-    "Cache-Control": request.parse_cache_control,
+    "Cache-Control": cache_policy.parse_cache_control,
     "a path": lambda text: may_be_embeddings("POST", "/v1/" + text),
 }
 
