@@ -7,7 +7,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills paths clients pins client-pins audit sbom release deploy-check clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients reloads kills paths clients pins client-pins audit sbom release deploy-check clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -123,6 +123,13 @@ kills: .venv/test
 TEXTS ?= 5000
 index: .venv/test
 	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/index_trial.py $(TEXTS)
+
+# Reloads and hand-overs of the port under fifty clients, with two workers: no request may fail.
+RELOADS ?= 100
+HAND_OVERS ?= 20
+reloads: .venv/test
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/reload_trial.py \
+		--reloads $(RELOADS) --hand-overs $(HAND_OVERS)
 
 # MEGABYTES passed through the proxy, up and down: how fast, and in how much memory.
 MEGABYTES ?= 100
