@@ -34,6 +34,14 @@ class Histogram:
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
 
+    def plus(self, other: "Histogram | None") -> "Histogram":
+        """Return the durations of both."""
+        both = Histogram()
+        for histogram in (self, other) if other is not None else (self,):
+            both.counts = [a + b for a, b in zip(both.counts, histogram.counts, strict=True)]
+            both.sum_s += histogram.sum_s
+        return both
+
     @property
     def count(self) -> int:
         """How many durations were observed."""

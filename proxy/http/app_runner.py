@@ -24,7 +24,7 @@ from .connection_limits import ConnectionLimits
 from .errors import INTERNAL, Failure, new_request_id
 from .pace import UnreadReplies
 from .request_log import RequestLog, has_own_id
-from .request_metrics import EMBEDDINGS, RequestMetrics
+from .request_metrics import RequestMetrics
 from .response_cache import CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
@@ -285,9 +285,10 @@ class Runner:
 
     def note_hit(self, key: RequestKey, response: CachedResponse, own: str, start: float) -> None:
         """Count a request that a connection has answered by itself, and log it."""
-        seconds = perf_counter() - start
-        self.requests.observe(EMBEDDINGS, 200, seconds)
-        if self.lines.has_room():
+        now = perf_counter()
+        seconds = now - start
+        self.requests.observe_hit(seconds)
+        if self.lines.has_room(now):
             context = self.responses.heads.get(key.head)
             client = "" if context is None else context.caller.client
             self.lines.write_hit(response.head, response.body, own, client, seconds)

@@ -6,6 +6,7 @@ prometheus_client renders the page.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import accumulate
@@ -27,7 +28,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from .request_metrics import RequestMetrics, do_nothing
+from .request_metrics import EMBEDDINGS, RequestMetrics, do_nothing
 from .shared_counters import FOLDER, PUBLISH_S, Series, SharedCounters, Totals
 
 PREFIX = "embedding_proxy_"
@@ -129,6 +130,7 @@ class Metrics:
 
     def _publish(self, *, is_over: bool = False) -> None:
         self._timer = None
+        self._requests.is_change_known = False
         self._shared.publish(
             {Series(name, labels): value for name, labels, value in self._counters()},
             {Series(*one[:2]): one[2] for one in self._gauges()} if not is_over else {},
@@ -187,9 +189,14 @@ class Metrics:
             yield "index_points_total", (("result", result),), count
 
     def _requests_counted(self) -> Iterator[Value]:
-        for (route, status), count in self._requests.counts.items():
+        requests = self._requests
+        counts = requests.counts + Counter({(EMBEDDINGS, 200): requests.hits.count})
+        for (route, status), count in counts.items():
             yield "requests_total", (("route", route), ("status", str(status))), count
-        for route, histogram in self._requests.durations.items():
+        durations = dict(requests.durations)
+        if requests.hits.count:
+            durations[EMBEDDINGS] = requests.hits.plus(durations.get(EMBEDDINGS))
+        for route, histogram in durations.items():
             yield from _of_histogram("request_duration_seconds", ("route", route), histogram)
 
     def _providers_counted(self) -> Iterator[Value]:

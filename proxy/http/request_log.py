@@ -9,7 +9,7 @@ what came from the cache and what was billed. No line holds an input or a key.
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import orjson
 from aiohttp import web
@@ -70,22 +70,26 @@ class RequestLog:
     They are MAX_LINES_S a second at most; the next line tells how many were left out.
     """
 
-    def __init__(
-        self, *, is_enabled: bool = True, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, *, is_enabled: bool = True) -> None:
+        """Write nothing unless `is_enabled`."""
         self._is_enabled = is_enabled
-        self._clock = clock
-        self._second = 0
+        self._is_on = False
+        """Whether lines are written in this second: the level of the log may change."""
+        self._end = 0.0
+        """Of this second."""
         self._lines = 0
         self._left_out = 0
 
-    def has_room(self) -> bool:
-        """Tell whether the line of a request is to be written; if there is no room, count it."""
-        if not self._is_enabled or not log.isEnabledFor(logging.INFO):
+    def has_room(self, now: float) -> bool:
+        """Tell whether the line of a request is to be written; if there is no room, count it.
+
+        `now` is on any clock that gives seconds, always the same.
+        """
+        if now >= self._end:
+            self._end, self._lines = now + 1, 0
+            self._is_on = self._is_enabled and log.isEnabledFor(logging.INFO)
+        if not self._is_on:
             return False
-        second = int(self._clock())
-        if second != self._second:
-            self._second, self._lines = second, 0
         if self._lines >= MAX_LINES_S:
             self._left_out += 1
             return False
@@ -94,7 +98,7 @@ class RequestLog:
 
     def write(self, request: web.Request, response: web.StreamResponse, seconds: float) -> None:
         """Write the line of a request whose reply is ready."""
-        if not self.has_room():
+        if not self.has_room(time.perf_counter()):
             return
         fields: dict[str, object] = {
             "request_id": request[REQUEST_ID],

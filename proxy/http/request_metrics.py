@@ -1,10 +1,11 @@
 """Requests of this process, counted where they are answered: by route, status and duration."""
 
+from bisect import bisect_left
 from collections import Counter
 from functools import cache
 
 from aiohttp import web
-from embedding_proxy.providers.histogram import Histogram
+from embedding_proxy.providers.histogram import BOUNDS_S, Histogram
 
 CLIENT_GONE = 499
 """Counted where no reply was finished: the client was gone, or the reply was cut off."""
@@ -40,9 +41,21 @@ class RequestMetrics:
         self.counts: Counter[tuple[str, int]] = Counter()
         """By route and status."""
         self.durations: dict[str, Histogram] = {}
+        self.hits = Histogram()
+        """Durations of the requests that the fast path has answered."""
+        self.is_change_known = False
+        """Whether `on_change` was called since the last changes were published."""
         self.in_flight = 0
         self.on_change = do_nothing
         """Called after each change."""
+
+    def observe_hit(self, seconds: float) -> None:
+        """Count a request for embeddings that the fast path has answered; it has the status 200."""
+        self.hits.counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.hits.sum_s += seconds
+        if not self.is_change_known:
+            self.is_change_known = True
+            self.on_change()
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered."""
@@ -51,6 +64,7 @@ class RequestMetrics:
         if histogram is None:
             histogram = self.durations[route] = Histogram()
         histogram.observe(seconds)
+        self.is_change_known = True
         self.on_change()
 
 

@@ -155,12 +155,12 @@ async def test_without_lines_for_requests_errors_are_told(upstream, start_proxy,
 def test_lines_are_bounded_and_those_left_out_are_counted(lines):
     """A flood of hits writes MAX_LINES_S lines a second, and says how many there were."""
     now = 0.0
-    requests = RequestLog(clock=lambda: now)
+    requests = RequestLog()
     found = lines("json")
     head, body = b"HTTP/1.1 200 OK\r\nx-cache: hit\r\nx-cache-hits: 1\r\n", b'],"model":"m"}'
 
     def hit():
-        if requests.has_room():
+        if requests.has_room(now):
             requests.write_hit(head, body, "id", "ci", 0.001)
 
     for _ in range(3 * MAX_LINES_S):
