@@ -16,7 +16,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, TypedDict
 from weakref import WeakValueDictionary
 
@@ -104,6 +104,11 @@ class Health:
         if error is None or self.breaker.state is State.CLOSED:
             return None
         return error if self.breaker.reason == policy.rule(error).reason else None
+
+    def inherit(self, former: "Health") -> None:
+        """Take over what holds calls back: breakers and cooldowns. What was counted stays there."""
+        self.breaker, self._breakers = former.breaker, former._breakers  # noqa: SLF001 - its kind
+        self.cooldowns, self._lasting = former.cooldowns, former._lasting  # noqa: SLF001
 
     # Inputs.
 
@@ -362,6 +367,12 @@ class HealthRegistry:
         if health is None:
             health = self._healths[name] = Health(name, self.clock, self._chance)
         return health
+
+    def inherit(self, former: "HealthRegistry", names: Collection[str]) -> None:
+        """Take over what holds back calls of these providers."""
+        for name, health in former._healths.items():  # noqa: SLF001 - of its own kind
+            if name in names and name not in self._healths:
+                self.of(name).inherit(health)
 
     def slots(self, name: str, key: str, number: int) -> Slots:
         """Return so many slots for calls of a provider for one model, or one key.

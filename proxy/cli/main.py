@@ -71,7 +71,7 @@ def _root(
 
 
 @app.command()
-def serve(  # noqa: PLR0913, PLR0917 - its options
+def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
     config_file: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Replaces server.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Replaces server.port.")] = None,
@@ -109,12 +109,15 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
         configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
         startup_log.check_environment(configuration)
         settings = configuration.settings
-        level = "debug" if verbose else "warning" if quiet else settings.log.level
-        log.configure(level, settings.log.format)
+        if verbose or quiet:
+            level = "debug" if verbose else "warning"
+            log_section = settings.log.model_copy(update={"level": level})
+            settings = settings.model_copy(update={"log": log_section})
         return settings
 
     startup_log.check_open_files()
     settings = load()
+    log.configure(settings.log.level, settings.log.format)
     if settings.cache.mode != "normal":
         logging.getLogger("embedding_proxy").warning(
             "cache.mode is %s: %s", settings.cache.mode, MODES[settings.cache.mode]

@@ -48,6 +48,7 @@ RETRY_HEADER = "x-stainless-retry-count"
 """Sent by OpenAI's own clients, and all that is built on them: they repeat a request by
 themselves."""
 SERVICE = web.AppKey("service", EmbeddingService)
+METRICS = web.AppKey("metrics", Metrics)
 
 
 def build_app(
@@ -105,6 +106,7 @@ def build_app(
 
     app.cleanup_ctx.append(open_service)
     metrics = Metrics(service, requests)
+    app[METRICS] = metrics
     app.cleanup_ctx.append(metrics.run)
     if tracing is not None:
         app.cleanup_ctx.append(tracing.run)

@@ -25,7 +25,7 @@ import orjson
 log = logging.getLogger("embedding_proxy.control")
 
 RELOAD, SOCKET, STOP = "reload", "socket", "stop"
-PATIENCE_S = 5.0
+PATIENCE_S = 2.0
 """Seconds for a client to say what it wants."""
 REPLY_S = 120.0
 """Seconds for the proxy to do it."""
@@ -104,11 +104,18 @@ class Listener:
         """Return the file descriptor, ready to be read when somebody connects."""
         return self.socket.fileno()
 
-    def accept(self) -> "Request | None":
-        """Return what somebody wants; None if that is not clear in time."""
+    def accept_client(self) -> socket.socket | None:
+        """Return somebody's connection; None if it has gone."""
         try:
             client, _ = self.socket.accept()
         except OSError:
+            return None
+        return client
+
+    def accept(self) -> "Request | None":
+        """Return what somebody wants; None if that is not clear in time. Blocks so long."""
+        client = self.accept_client()
+        if client is None:
             return None
         try:
             client.settimeout(PATIENCE_S)

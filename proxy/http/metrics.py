@@ -109,11 +109,19 @@ class Metrics:
         self._requests = requests
         self._shared = SharedCounters(service.settings.cache.directory / FOLDER)
         self._timer: asyncio.TimerHandle | None = None
+        self._tiers_before: Counter[Series] = Counter()
+        self._tiers_at_end: Counter[Series] = Counter()
+        """What the tiers had counted before they were this one's to publish, and since then, when
+        they went to another one."""
+        self._owns_tiers = False
 
     async def run(self, _: web.Application) -> AsyncIterator[None]:
         """Publish what this process counts for as long as the application runs."""
         await asyncio.to_thread(self._shared.open)
         self._requests.on_change = self._publish_soon
+        storage = self._service.storage
+        if storage is not None and storage.counts_owner is None:
+            self.take_over()
         self._publish()
         try:
             yield
@@ -123,6 +131,36 @@ class Metrics:
                 self._timer.cancel()
             self._publish(is_over=True)
             self._shared.close()
+
+    def take_over(self) -> None:
+        """Publish from now on what the tiers count; another one that did stops."""
+        storage = self._service.storage
+        if storage is None or storage.counts_owner is self:
+            return
+        former, storage.counts_owner = storage.counts_owner, self
+        now = self._tier_counts()
+        if isinstance(former, Metrics):
+            former.give_up(now)
+            self._tiers_before = now
+        self._owns_tiers = True
+
+    def give_up(self, now: Counter[Series]) -> None:
+        """Publish no more of what the tiers count than they had counted now."""
+        self._tiers_at_end = Counter({name: now[name] - self._tiers_before[name] for name in now})
+        self._owns_tiers = False
+
+    def _tier_counts(self) -> Counter[Series]:
+        """Return what the tiers have counted since they were opened."""
+        counters = self._service.counters
+        return Counter(
+            {
+                Series("cache_lookups_total", (("result", "memory"),)): counters.memory_hits,
+                Series("cache_lookups_total", (("result", "disk"),)): counters.disk_hits,
+                Series("cache_lookups_total", (("result", "miss"),)): counters.misses,
+                Series("cache_corrupt_records_total"): counters.mismatches,
+                Series("cache_evictions_total"): self._service.evicted,
+            }
+        )
 
     def _publish_soon(self) -> None:
         if self._timer is None:
@@ -161,15 +199,10 @@ class Metrics:
         """Yield what this process has counted."""
         yield from self._requests_counted()
         service = self._service
-        counters = service.counters
-        for result, count in (
-            ("memory", counters.memory_hits),
-            ("disk", counters.disk_hits),
-            ("miss", counters.misses),
-        ):
-            yield "cache_lookups_total", (("result", result),), count
-        yield "cache_corrupt_records_total", (), counters.mismatches
-        yield "cache_evictions_total", (), service.evicted
+        before = self._tiers_before
+        for series, count in self._tier_counts().items():
+            own = count - before[series] if self._owns_tiers else self._tiers_at_end[series]
+            yield series.name, series.labels, own
         yield from self._providers_counted()
         for name, model in service.models.items():
             counts = model.router.counts

@@ -14,11 +14,12 @@ from typing import Self, TypeAlias
 from aiohttp import web
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.providers import descriptors
+from embedding_proxy.proxy import log as log_module
 from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 
 from . import control, tls
-from .app import SERVICE, build_app
+from .app import METRICS, SERVICE, build_app
 from .app_runner import Runner
 from .control import Listener, Reply, Request, WorkerRequest
 from .status import READINESS
@@ -154,6 +155,11 @@ def unchangeable(old: Settings, new: Settings, listening: socket.socket) -> list
     ]
 
 
+def _equal(old: Settings, new: Settings) -> set[str]:
+    """Return the providers that are configured as before."""
+    return {name for name, entry in new.providers.items() if old.providers.get(name) == entry}
+
+
 def _on_or_off(settings: Settings) -> str:
     return "off" if settings.server.tls is None else "on"
 
@@ -175,6 +181,7 @@ class Instance:
         """Signals, and what is asked through the control socket."""
         self._load = load
         self._listening = listening
+        self._has_keys_file = settings.keys_path.exists()
         self._tls = None if settings.server.tls is None else tls.make_context(settings.server.tls)
         self._app = build_app(settings, metrics_socket=metrics_socket)
         self._runner = Runner(self._app, shutdown_timeout=settings.server.grace_s)
@@ -198,13 +205,22 @@ class Instance:
         try:
             settings = await asyncio.to_thread(self._load)
             problems = unchangeable(self.settings, settings, self._listening)
+            if not problems and self._has_keys_file and not settings.keys_path.exists():
+                remedy = "put it back, or start the proxy again without it"
+                problems = [f"{settings.keys_path}: the file of clients' keys is gone; {remedy}"]
             if not problems:
                 if self._tls is not None and settings.server.tls is not None:
                     tls.load(self._tls, settings.server.tls)
                 successor = self._app[SERVICE].successor(settings)
                 app = build_app(settings, successor, self._metrics_socket)
                 await self._runner.replace(app, _drain)
+                app[METRICS].take_over()
+                successor.upstreams.inherit(
+                    self._app[SERVICE].upstreams, _equal(self.settings, settings)
+                )
                 self.settings, self._app = settings, app
+                self._has_keys_file = settings.keys_path.exists()
+                log_module.configure(settings.log.level, settings.log.format)
         except ConfigError as error:
             problems = [*error.problems]
         except (OSError, StoreError) as error:
@@ -327,6 +343,18 @@ async def serve(  # noqa: PLR0913 - what it serves, and whom it hears
                     watchdog.cancel()
 
 
+async def _hear(client: socket.socket, events: "asyncio.Queue[signal.Signals | Request]") -> None:
+    """Put what a client of the control socket says among the events; one may say nothing."""
+    client.settimeout(0)
+    try:
+        async with asyncio.timeout(control.PATIENCE_S):
+            command = await asyncio.get_running_loop().sock_recv(client, 64)
+    except (OSError, TimeoutError):
+        client.close()
+        return
+    events.put_nowait(Request(client, command.decode("ascii", "replace").strip()))
+
+
 @contextmanager
 def _control(
     events: "asyncio.Queue[signal.Signals | Request]",
@@ -336,10 +364,14 @@ def _control(
     """Put what is asked, by a command or by the parent, among the events."""
     loop = asyncio.get_running_loop()
 
+    conversations: set[asyncio.Task[None]] = set()
+
     def accept(listener: Listener) -> None:
-        request = listener.accept()
-        if request is not None:
-            events.put_nowait(request)
+        client = listener.accept_client()
+        if client is not None:
+            task = asyncio.create_task(_hear(client, events))
+            conversations.add(task)
+            task.add_done_callback(conversations.discard)
 
     def receive(channel: socket.socket) -> None:
         command = channel.recv(64)

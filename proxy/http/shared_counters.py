@@ -11,6 +11,7 @@ empty; where no slot can be written, the process counts for itself alone.
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from array import array
@@ -32,6 +33,8 @@ MAX_SLOTS = 1024
 MAX_SERIES = 8192
 """Series of a slot; others are left out."""
 _COUNTER, _GAUGE = "counter", "gauge"
+_ABSENT = math.nan
+"""The value of a gauge that a process does not have now."""
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -96,7 +99,7 @@ class SharedCounters:
         for line in lines[:-1]:
             kind, series = _parse(line)
             value = values[len(self._kinds)] if len(values) > len(self._kinds) else 0.0
-            self._append(kind, series, value if kind == _COUNTER else 0.0)
+            self._append(kind, series, value if kind == _COUNTER else _ABSENT)
             if kind == _COUNTER:
                 self._before[series] = value
         self._write_values()
@@ -110,8 +113,8 @@ class SharedCounters:
     def publish(self, counters: Mapping[Series, float], gauges: Mapping[Series, float]) -> None:
         """Publish the values of this process: counters since its start, gauges as they are.
 
-        A counter that is lower than before has begun anew. A gauge that is left out is 0 from then
-        on.
+        A counter that is lower than before has begun anew. A gauge that is left out is not told
+        until it is there again.
         """
         for series, value in counters.items():
             latest = self._latest.get(series, 0.0)
@@ -125,7 +128,7 @@ class SharedCounters:
             self._append(kind, series, 0.0)
         for series, index in self._series.items():
             if self._kinds[index] == _GAUGE:
-                self._values[index] = gauges.get(series, 0.0)
+                self._values[index] = gauges.get(series, _ABSENT)
             elif series in counters:
                 self._values[index] = self._before.get(series, 0.0) + counters[series]
         try:
@@ -236,5 +239,5 @@ def _add(
     for (kind, series), value in zip(named, values, strict=False):
         if kind == _COUNTER:
             totals.counters[series] = totals.counters.get(series, 0.0) + value
-        elif kind == _GAUGE and is_live:
+        elif kind == _GAUGE and is_live and not math.isnan(value):
             totals.gauges.setdefault(series, []).append(value)

@@ -1,5 +1,6 @@
 """TLS for clients: a certificate and its key from files, which a reload reads anew."""
 
+import logging
 import ssl
 
 from embedding_proxy.proxy.config.errors import ConfigError
@@ -10,8 +11,14 @@ def make_context(tls: Tls) -> ssl.SSLContext:
     """Return what connections are encrypted with. Raises ConfigError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
+    # TLS has no half-closed connections. asyncio warns of each where plain ones may be half closed.
+    logging.getLogger("asyncio").addFilter(_is_of_use)
     load(context, tls)
     return context
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "returning true from eof_received()" not in record.getMessage()
 
 
 def load(context: ssl.SSLContext, tls: Tls) -> None:

@@ -21,6 +21,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, TypeAlias
 
+from embedding_proxy.proxy import log as log_module
 from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 
@@ -84,6 +85,7 @@ class Supervisor:
         self._listening = listening
         self._work = work
         self._load = load
+        self._has_keys_file = settings.keys_path.exists()
         self._workers: list[_Worker] = []
         self._told_read, self._told_write = os.pipe()
         self._ready_read, self._ready_write = os.pipe()
@@ -183,7 +185,11 @@ class Supervisor:
         problems = unchangeable(self._settings, settings, self._listening)
         if problems:
             return told_of_reload(problems)
+        if self._has_keys_file and not settings.keys_path.exists():
+            # Each worker says so, and keeps its keys.
+            settings = self._settings
         self._settings = settings
+        log_module.configure(settings.log.level, settings.log.format)
         replies = [reply for worker in self._workers if (reply := self._ask(worker)) is not None]
         # A worker has logged what kept it from reloading.
         refused = dict.fromkeys(line for reply in replies if reply.code for line in reply.lines)

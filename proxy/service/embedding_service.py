@@ -286,6 +286,11 @@ class EmbeddingService(SearchMixin):
         await self._stack.aclose()
 
     @property
+    def storage(self) -> Storage | None:
+        """What is stored, which other services may use too; None before opening."""
+        return self._storage
+
+    @property
     def counters(self) -> TierCounters:
         """What the tiers have seen since the start."""
         return self._storage.tiers.counters if self._storage else TierCounters()

@@ -228,7 +228,8 @@ class Registry:
             make_scheduler(router, settings), entry.max_input_tokens
         )
         if self._spending is not None:
-            source = SpendingCheck(source, self._spending)
+            prices = [route.price for route in router.routes]
+            source = SpendingCheck(source, self._spending, prices)
         return Model(
             name=name,
             space=entry.as_space(),

@@ -1,11 +1,12 @@
 """Holds clients to their budgets: what a client's name was billed in a period bounds what it buys.
 
 The ledger on disk has the sums of all processes. It is read before each purchase, after what this
-process has counted was written. A purchase reserves the most that it may cost at the model's list
-price. It begins if this process buys nothing else for the client, or if all that is reserved still
-fits into the process's share of what is left. So a budget is passed by the last purchase of each
-worker at most, however many requests come at the same time; a purchase that does not fit waits for
-the others to end.
+process has counted was written. A purchase reserves the most that it may cost at the highest list
+price of the model and its routes. It begins if this process buys nothing else for the client, or if
+all that is reserved still fits into the process's share of what is left. So a budget is passed by
+the last purchase of each worker at most, however many requests come at the same time; a purchase
+that does not fit waits for the others to end. What an upstream charges above its list price is not
+reserved.
 """
 
 import asyncio
@@ -122,16 +123,22 @@ class _ClientSpending:
 class SpendingCheck:
     """An Embedder that buys from another one within the budget of the client, if it has any."""
 
-    def __init__(self, inner: Embedder, spending: Spending) -> None:
+    def __init__(
+        self, inner: Embedder, spending: Spending, prices: Sequence[float | None] = ()
+    ) -> None:
+        """`prices` are those of the routes, in US dollars a million tokens; None = the model's."""
         self._inner = inner
         self._spending = spending
+        self._max_price = max((price for price in prices if price is not None), default=0.0)
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the answer of the wrapped embedder. Raises BudgetExceeded, EmbeddingError."""
         account, on_charge = context.account, context.on_charge
         if account.limit is None:
             return await self._inner.embed(space, inputs, context)
-        amount = nanodollars(sum(map(tokens.bound, inputs)), account.price)
+        # Without a list price nobody knows what a route without one of its own costs.
+        price = max(account.price, self._max_price) if account.price else 0.0
+        amount = nanodollars(sum(map(tokens.bound, inputs)), price)
         async with self._spending.purchase(account.client, account.limit, amount) as note:
 
             def charge(bill: Bill) -> None:

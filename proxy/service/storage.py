@@ -46,6 +46,8 @@ class Storage:
         self.in_flight = InFlight()
         self.spending = Spending(self.store, workers)
         """What clients with budgets have spent."""
+        self.counts_owner: object = None
+        """Who publishes the counters of the tiers: one at a time, or they would count twice."""
         self._holders = 0
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from urllib.error import HTTPError
@@ -18,7 +18,8 @@ import pytest
 from aiohttp import web
 from embedding_proxy.cache import ledger
 from embedding_proxy.cache.ledger import LedgerKey, LimitedLedgerKey
-from embedding_proxy.providers.charge import NANO, SpendingLimit
+from embedding_proxy.providers.base import Context
+from embedding_proxy.providers.charge import NANO, Account, SpendingLimit
 from embedding_proxy.proxy.config import keys_file
 from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, is_key, new_key
@@ -26,6 +27,7 @@ from embedding_proxy.proxy.config.schema import ClientKey
 from embedding_proxy.proxy.http import auth
 from embedding_proxy.proxy.http.auth import Authenticator
 from embedding_proxy.proxy.service.request import Client
+from embedding_proxy.proxy.service.spending import Spending, SpendingCheck
 from fault_server import tokens_of
 from leaks import WATCH, found_in
 from ports import own_port
@@ -719,3 +721,29 @@ def test_the_token_of_metrics_is_shown_as_a_reference(tmp_path, command, monkeyp
     assert command("keys", "list", "--config", file).code == 0
     done = command("serve", "--port", "0", "--config", file)
     assert (done.code, "the variable PROM is not set" in done.err) == (2, True)
+
+
+async def test_a_purchase_reserves_the_highest_price_of_its_routes():
+    """What a route costs may be far above the model's list price."""
+    amounts = []
+
+    class Noted(Spending):
+        @asynccontextmanager
+        async def purchase(self, name, limit, amount):
+            amounts.append(amount)
+            yield lambda _: None
+
+    class Inner:
+        async def embed(self, space, inputs, context):
+            return None
+
+    limit = SpendingLimit(10**9, "day")
+    for price, prices in ((0.02, (None,)), (0.02, (None, 1000.0)), (0.02, (0.01,)), (0.0, (5.0,))):
+        check = SpendingCheck(Inner(), Noted(None), prices)
+        context = Context(None, account=Account("m", "ci", price, limit))
+        await check.embed(None, ["a" * 1000], context)
+    listed, dear, cheap, unlisted = amounts
+    assert dear == 50_000 * listed
+    assert cheap == listed > 0
+    # Nothing is known of the model's own price: such a purchase is made alone.
+    assert unlisted == 0

@@ -11,16 +11,20 @@ import ssl
 import subprocess
 import sys
 import termios
+from datetime import UTC, datetime
 
 import aiohttp
 import pytest
 from aiohttp import web
+from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, new_key
 from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import control, systemd
 from embedding_proxy.proxy.http import process as server
 from embedding_proxy.proxy.http.process import Instance, base_url, listen
+from fault_server import status
 from pages import ROOT
+from prometheus_client.parser import text_string_to_metric_families
 from reload_trial import run
 
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
@@ -376,3 +380,89 @@ def test_a_wrong_certificate_is_named_with_file_and_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"{file}:4: server.tls.cert: {tmp_path / 'none.pem'} cannot be read" in done.stderr
+
+
+async def _metric(running, session, name, **labels):
+    async with session.get(running.url.removesuffix("/v1") + "/metrics") as response:
+        families = [*text_string_to_metric_families(await response.text())]
+    return [
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == f"embedding_proxy_{name}" and labels.items() <= sample.labels.items()
+    ]
+
+
+async def test_reloads_count_nothing_twice(running, session):
+    """The tiers go on counting: their counters are published by one at a time."""
+    for _ in range(2):
+        assert (await running.post(session)).status == 200
+    for turn in range(3):
+        running.write(max_body_mib=7 + turn)
+        assert (await running.instance.reload()).code == 0
+        assert await _metric(running, session, "cache_lookups_total", result="miss") == [1]
+        assert await _metric(running, session, "cache_lookups_total", result="memory") == [1]
+    assert (await running.post(session)).headers["x-cache"] == "hit"
+    assert await _metric(running, session, "cache_lookups_total", result="memory") == [2]
+
+
+async def test_a_gauge_without_a_value_is_not_zero(running, session):
+    """Nothing is known of a provider before its first call; then it is ready."""
+    assert await _metric(running, session, "provider_ready") == []
+    assert (await running.post(session)).status == 200
+    assert await _metric(running, session, "provider_ready", provider="openai") == [1]
+    await running.instance.reload()
+    assert 0 not in await _metric(running, session, "provider_ready")
+
+
+async def test_a_cooldown_outlasts_a_reload(running, session, upstream):
+    """A provider that has asked for a pause is not called before its end."""
+    upstream.script.append(status(429, headers={"Retry-After": "600"}))
+    assert (await running.post(session)).status == 429
+    running.write(max_body_mib=7)
+    assert (await running.instance.reload()).code == 0
+    assert (await running.post(session, OTHER)).status == 429
+    assert len(upstream.calls) == 1
+
+
+async def test_a_refused_configuration_leaves_the_log_as_it_was(running, monkeypatch):
+    """Level and form of the log are part of what is refused."""
+    configured = []
+    monkeypatch.setattr(
+        "embedding_proxy.proxy.log.configure", lambda *given: configured.append(given)
+    )
+    running.write(json.dumps({"server": {"port": 1}, "log": {"format": "json"}}))
+    assert (await running.instance.reload()).code == 2
+    assert configured == []
+    running.write(max_body_mib=7)
+    assert (await running.instance.reload()).code == 0
+    assert configured == [("info", "auto")]
+
+
+async def test_keys_that_are_gone_do_not_open_the_proxy(running, session):
+    """The file of clients' keys was taken away: a reload is refused, and the keys stay."""
+    path = running.load().keys_path
+    stored = StoredKey(digest=digest(new_key()), name="one", created=datetime.now(UTC))
+    KeysFile(path).change(lambda keys: [*keys, stored])
+    assert (await running.instance.reload()).code == 0
+    assert (await running.post(session)).status == 401
+    path.unlink()
+    reply = await running.instance.reload()
+    assert reply.code == 2
+    assert "is gone" in reply.lines[0]
+    assert (await running.post(session)).status == 401
+
+
+async def test_a_silent_client_of_the_control_socket_holds_nobody_up(running, session, tmp_path):
+    """It is waited for beside everything else."""
+    path = control.socket_path(tmp_path / "cache", 1)
+    listener = control.listen(path)
+    with (
+        server._control(running.instance.events, listener, None),
+        socket.socket(socket.AF_UNIX) as silent,
+    ):
+        silent.connect(str(path))
+        assert (await running.post(session)).status == 200
+        end = asyncio.create_task(running.instance.run())
+        assert (await asyncio.to_thread(control.ask, path, "stop"))[0].code == 0
+        assert await end is signal.SIGTERM
