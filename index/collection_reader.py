@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.backoff import Backoff
 from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.failure_backoff import Backoff
 
 from .client import Connection
 from .errors import InUse, Unavailable

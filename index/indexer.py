@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from embedding_proxy.providers.backoff import THRESHOLD, Backoff
+from embedding_proxy.providers.failure_backoff import THRESHOLD, Backoff
 
 from .client import Connection
 from .collection import CollectionNames, CollectionOptions

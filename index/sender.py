@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embedding_proxy.cache.disk.lock import WriterLock
-from embedding_proxy.providers.backoff import Backoff
+from embedding_proxy.providers.failure_backoff import Backoff
 
 from .client import BatchSize, Connection
 from .collection import (

@@ -45,7 +45,7 @@ NOT_NOUNS = frozenset(NOT_NOUNS_WORDS.split())
 """Prepositions, adverbs and irregular participles."""
 NOUNS = {
     *("billing", "embedding", "formatting", "framing", "pending", "routing", "scheduling"),
-    *("spending", "tracing"),
+    "tracing",
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
 TERMS = {"blocking", "in_flight"}
@@ -59,7 +59,7 @@ SEEN_BY_CACHE = {
     "providers.vector",
     "providers.tokens",
     "providers.lru_cache",
-    "providers.backoff",
+    "providers.failure_backoff",
 }
 """What the cache may import of providers: shared types, no provider."""
 

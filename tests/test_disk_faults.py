@@ -17,7 +17,7 @@ from disk_faults import CannotMount, count_right, file_system, full, locked, rea
 from embedding_proxy.cache.disk import database, disk_full
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
-from embedding_proxy.providers import backoff
+from embedding_proxy.providers import failure_backoff
 
 from tests.cache.page_kinds import overwrite, page_kinds
 
@@ -130,7 +130,7 @@ async def test_a_kept_lock_is_waited_for_three_times(
     how, directory, upstream, start_proxy, monkeypatch
 ):
     """After three failures nobody waits for the lock any more, until the wait is over."""
-    monkeypatch.setattr(backoff, "MIN_SECONDS", backoff.MAX_SECONDS)
+    monkeypatch.setattr(failure_backoff, "MIN_SECONDS", failure_backoff.MAX_SECONDS)
     tries = []
     write = database.Database.write
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from embedding_proxy.cache import ledger
-from embedding_proxy.providers.backoff import Backoff
+from embedding_proxy.providers.failure_backoff import Backoff
 
 from . import ledger_reader
 from .quarantine import QuarantinedFile

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from embedding_proxy.providers.backoff import THRESHOLD, Backoff
+from embedding_proxy.providers.failure_backoff import THRESHOLD, Backoff
 
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from embedding_proxy.providers.backoff import Backoff
+from embedding_proxy.providers.failure_backoff import Backoff
 
 from . import salvage
 from .carver import CarveReport

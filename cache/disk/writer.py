@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from itertools import islice
 
-from embedding_proxy.providers.backoff import THRESHOLD, Backoff
+from embedding_proxy.providers.failure_backoff import THRESHOLD, Backoff
 
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, Timeout, is_damage

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from embedding_proxy.providers.backoff import Backoff
 from embedding_proxy.providers.base import Space, Vector
 from embedding_proxy.providers.errors import (
     DeadlineExceeded,
@@ -17,6 +16,7 @@ from embedding_proxy.providers.errors import (
     NoProviderAvailable,
     TransientError,
 )
+from embedding_proxy.providers.failure_backoff import Backoff
 
 log = logging.getLogger("embedding_proxy.migrate")
 

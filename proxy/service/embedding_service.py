@@ -246,7 +246,7 @@ class EmbeddingService(SearchMixin):
                 self._storage.learned,
                 self._storage.in_flight.successor(),
                 sleep=self._sleep,
-                spending=self._storage.spending,
+                budgets=self._storage.budgets,
             )
             stack.push_async_callback(self._registry.close)
             client_keys = None
@@ -324,7 +324,7 @@ class EmbeddingService(SearchMixin):
         """Return the nanodollars that a client with a budget was billed in the present period."""
         if self._storage is None or caller.limit is None:
             return 0
-        return await self._storage.spending.billed(caller.client, caller.limit)
+        return await self._storage.budgets.billed(caller.client, caller.limit)
 
     @property
     def models(self) -> Mapping[str, Model]:

@@ -21,10 +21,10 @@ from embedding_proxy.providers.scheduling.context_length import ContextLengthChe
 from embedding_proxy.proxy.config.models import Fallback, ModelConfig, unlisted_model
 from embedding_proxy.proxy.config.schema import Settings
 
+from .budgets import BudgetCheck, Budgets
 from .client_keys import ClientKeyPolicy, client_key_policy
 from .learned_dimensions import LearnedDimensions, WidthLearner
 from .provider_factory import make_router, make_scheduler
-from .spending import Spending, SpendingCheck
 
 MAX_UNLISTED = 1000
 """Models that are listed at most; and as many that are not, being asked for by name alone."""
@@ -112,11 +112,11 @@ class Registry:
         in_flight: InFlight | None = None,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        spending: Spending | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
-        """`spending` is what clients with budgets have spent; None = nobody has one."""
+        """`budgets` is what clients with budgets have spent; None = nobody has one."""
         self._settings = settings
-        self._spending = spending
+        self._budgets = budgets
         self._providers = providers
         self._tiers = tiers
         self._upstreams = upstreams
@@ -227,9 +227,9 @@ class Registry:
         source: Embedder = ContextLengthCheck(
             make_scheduler(router, settings), entry.max_input_tokens
         )
-        if self._spending is not None:
+        if self._budgets is not None:
             prices = [route.price for route in router.routes]
-            source = SpendingCheck(source, self._spending, prices)
+            source = BudgetCheck(source, self._budgets, prices)
         return Model(
             name=name,
             space=entry.as_space(),

@@ -15,8 +15,8 @@ from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.proxy.config.schema import Cache
 
 from . import drift_check
+from .budgets import Budgets
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
-from .spending import Spending
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -44,7 +44,7 @@ class Storage:
         self.tiers = Tiers(self.memory, self.store)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
         self.in_flight = InFlight()
-        self.spending = Spending(self.store, workers)
+        self.budgets = Budgets(self.store, workers)
         """What clients with budgets have spent."""
         self.counts_owner: object = None
         """Who publishes the counters of the tiers: one at a time, or they would count twice."""

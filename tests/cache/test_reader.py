@@ -16,7 +16,7 @@ from embedding_proxy.cache.disk.reader import MAX_INLINE_RECORDS, Reader
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord, WriteBatch
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.providers.backoff import MAX_SECONDS, MIN_SECONDS
+from embedding_proxy.providers.failure_backoff import MAX_SECONDS, MIN_SECONDS
 
 GIB = 1 << 30
 P = Partition("", "m", 4)

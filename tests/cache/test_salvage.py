@@ -199,7 +199,7 @@ async def test_a_disk_that_takes_nothing_is_asked_again(tmp_path, monkeypatch, c
         return write(self, *arguments, **options)
 
     monkeypatch.setattr(Database, "write", refusing)
-    monkeypatch.setattr("embedding_proxy.providers.backoff.MIN_SECONDS", 0.01)
+    monkeypatch.setattr("embedding_proxy.providers.failure_backoff.MIN_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING):
         async with Store(tmp_path, GIB) as store:
             await store.salvaged()

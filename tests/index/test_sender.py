@@ -16,7 +16,7 @@ from embedding_proxy.index.collection import CollectionOptions
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.outbox import Outbox, OutboxFull
 from embedding_proxy.index.point import Point, Target, id_bytes
-from embedding_proxy.providers.backoff import MIN_SECONDS, THRESHOLD, Backoff
+from embedding_proxy.providers.failure_backoff import MIN_SECONDS, THRESHOLD, Backoff
 from qdrant_server import QdrantServer, answer, overloaded
 
 TARGET = Target("docs", "m", 2)

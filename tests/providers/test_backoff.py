@@ -1,7 +1,7 @@
 """Leaving alone what keeps failing, for longer each time, and no longer than it must be."""
 
 import pytest
-from embedding_proxy.providers.backoff import MAX_SECONDS, MIN_SECONDS, THRESHOLD, Backoff
+from embedding_proxy.providers.failure_backoff import MAX_SECONDS, MIN_SECONDS, THRESHOLD, Backoff
 
 
 @pytest.mark.parametrize("threshold", [1, THRESHOLD])

@@ -26,8 +26,8 @@ from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, 
 from embedding_proxy.proxy.config.schema import ClientKey
 from embedding_proxy.proxy.http import auth
 from embedding_proxy.proxy.http.auth import Authenticator
+from embedding_proxy.proxy.service.budgets import BudgetCheck, Budgets
 from embedding_proxy.proxy.service.request import Client
-from embedding_proxy.proxy.service.spending import Spending, SpendingCheck
 from fault_server import tokens_of
 from leaks import WATCH, found_in
 from ports import own_port
@@ -727,7 +727,7 @@ async def test_a_purchase_reserves_the_highest_price_of_its_routes():
     """What a route costs may be far above the model's list price."""
     amounts = []
 
-    class Noted(Spending):
+    class Noted(Budgets):
         @asynccontextmanager
         async def purchase(self, name, limit, amount):
             amounts.append(amount)
@@ -739,7 +739,7 @@ async def test_a_purchase_reserves_the_highest_price_of_its_routes():
 
     limit = SpendingLimit(10**9, "day")
     for price, prices in ((0.02, (None,)), (0.02, (None, 1000.0)), (0.02, (0.01,)), (0.0, (5.0,))):
-        check = SpendingCheck(Inner(), Noted(None), prices)
+        check = BudgetCheck(Inner(), Noted(None), prices)
         context = Context(None, account=Account("m", "ci", price, limit))
         await check.embed(None, ["a" * 1000], context)
     listed, dear, cheap, unlisted = amounts

@@ -44,8 +44,8 @@ PATIENCE_SECONDS = 120.0
 
 IN_SHORT = {
     "embedding_proxy.cache.disk.database.BUSY_SECONDS": 0.1,
-    "embedding_proxy.providers.backoff.MIN_SECONDS": 0.05,
-    "embedding_proxy.providers.backoff.MAX_SECONDS": 1.5,
+    "embedding_proxy.providers.failure_backoff.MIN_SECONDS": 0.05,
+    "embedding_proxy.providers.failure_backoff.MAX_SECONDS": 1.5,
     "embedding_proxy.cache.disk.store.TICK_SECONDS": 0.05,
 }
 """What the proxy waits for, at a twentieth."""

@@ -25,7 +25,7 @@ from embedding_proxy.providers.charge import NANO, Bill, SpendingLimit, nanodoll
 _PERIODS = {"day": "of this day (UTC)", "month": "of this month (UTC)", "ever": "in all"}
 
 
-class Spending:
+class Budgets:
     """What clients have spent, by name, and what is reserved. For one event loop."""
 
     def __init__(
@@ -120,15 +120,15 @@ class _ClientSpending:
         self.charged += sum(bill.nanodollars)
 
 
-class SpendingCheck:
+class BudgetCheck:
     """An Embedder that buys from another one within the budget of the client, if it has any."""
 
     def __init__(
-        self, inner: Embedder, spending: Spending, prices: Sequence[float | None] = ()
+        self, inner: Embedder, budgets: Budgets, prices: Sequence[float | None] = ()
     ) -> None:
         """`prices` are those of the routes, in US dollars a million tokens; None = the model's."""
         self._inner = inner
-        self._spending = spending
+        self._budgets = budgets
         self._max_price = max((price for price in prices if price is not None), default=0.0)
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
@@ -139,7 +139,7 @@ class SpendingCheck:
         # Without a list price nobody knows what a route without one of its own costs.
         price = max(account.price, self._max_price) if account.price else 0.0
         amount = nanodollars(sum(map(tokens.bound, inputs)), price)
-        async with self._spending.purchase(account.client, account.limit, amount) as note:
+        async with self._budgets.purchase(account.client, account.limit, amount) as note:
 
             def charge(bill: Bill) -> None:
                 # First into the ledger: what it counts is never missing here.
