@@ -269,7 +269,7 @@ async def test_the_control_socket(running, tmp_path):
 
 def test_a_successor_keeps_its_control_socket(tmp_path):
     """The one that was there before removes only what is its own."""
-    path = tmp_path / "control-1.sock"
+    path = control.socket_path(tmp_path, 1)
     first = control.listen(path)
     second = control.listen(path)
     first.close()
