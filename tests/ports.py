@@ -1,11 +1,14 @@
 """Ports that stay one's own while nobody listens on them."""
 
 import contextlib
+import os
 import secrets
 import socket
 
 LOWEST, BEYOND = 10_000, 30_000
 """Below the ports that systems give to whoever takes any: Linux from 32,768 on, others later."""
+SHARES = 10
+"""Processes that run tests side by side choose from ranges of their own, as far as that goes."""
 
 
 def own_port() -> int:
@@ -13,7 +16,9 @@ def own_port() -> int:
 
     One of the system's choice, let go and wanted back, may by then be another test's.
     """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % SHARES
+    width = (BEYOND - LOWEST) // SHARES
     while True:
-        port = LOWEST + secrets.randbelow(BEYOND - LOWEST)
+        port = LOWEST + number * width + secrets.randbelow(width)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
