@@ -58,13 +58,13 @@ async def test_the_log_tells_version_cache_and_providers(started, upstream, tmp_
     root = url.removesuffix("/v1")
     assert f"status: {root}/status, metrics: {root}/metrics" in said
     assert f"embedding-proxy {version('embedding-proxy')}" in said
-    line = rf"cache: {re.escape(str(tmp_path / 'cache'))}: N, [\d.]+ kB of at most 53\.7 GB"
-    assert [one for one in said if re.fullmatch(line.replace("N", "0 entries"), one)]
+    line = rf"cache: {re.escape(str(tmp_path / 'cache'))}: COUNT, [\d.]+ kB of at most 53\.7 GB"
+    assert [one for one in said if re.fullmatch(line.replace("COUNT", "0 entries"), one)]
     assert "providers ready: local, openai" in said
     assert "calls that are not ours are passed to openai" in said
     assert warned == []
     _, said, _ = await started(providers=providers)
-    assert [one for one in said if re.fullmatch(line.replace("N", "2 entries"), one)]
+    assert [one for one in said if re.fullmatch(line.replace("COUNT", "2 entries"), one)]
 
 
 async def test_nobody_is_warned_of_providers_that_nobody_named(started, monkeypatch):
