@@ -196,6 +196,16 @@ async def _failure(proxy):
     return await indexer.snapshot()
 
 
+async def _waits(proxy, count):
+    """Wait until so many points wait: one that Qdrant has leaves the outbox a moment later."""
+    indexer = proxy.service.indexing.indexer
+
+    async def left():
+        return (await indexer.snapshot())["backlog_points"] == count
+
+    await until(left)
+
+
 async def test_a_collection_that_is_full_is_waited_for(start_proxy, upstream, qdrant):
     """No point is put aside; they arrive when somebody has made room, without a restart."""
     proxy = await start_proxy(upstream, index=section(qdrant))
@@ -238,6 +248,7 @@ async def test_what_is_about_the_server_puts_no_point_aside(
     await _failure(proxy)
     await ask(proxy, "d", index={"collection": "docs"})
     await holds(qdrant, 1, "docs")
+    await _waits(proxy, 3)
     told = await _failure(proxy)
     assert words[:20] in told["last_failure"]
     assert (told["refused_points"], told["backlog_points"]) == (0, 3)
@@ -358,6 +369,7 @@ async def test_the_models_of_one_key_are_indexed_where_it_may_write(
     await ask(proxy, "b", index={"collection": "docs"})
     await ask(proxy, "c")
     await holds(qdrant, 2)
+    await _waits(proxy, 1)
     told = await _failure(proxy)
     assert "not accepted for reading the configuration of docs" in told["last_failure"]
     assert (told["refused_points"], told["backlog_points"]) == (0, 1)
