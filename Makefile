@@ -210,7 +210,7 @@ pins:
 	$(PIN) pyproject.toml --extra all --extra test --extra lint --group build -o requirements/test.txt
 	$(PIN) pyproject.toml --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
 	$(PIN) --group installer -o requirements/pip.txt
-	$(PIN) pyproject.toml --extra local --extra qdrant --extra otel -c requirements/test.txt -o requirements/image.txt
+	$(PIN) pyproject.toml --extra local --extra qdrant --extra otel --extra redis -c requirements/test.txt -o requirements/image.txt
 	$(PIN) --group build -c requirements/test.txt -o requirements/build.txt
 	$(PIN) --group build --group release -c requirements/test.txt -o requirements/release.txt
 
