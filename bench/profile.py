@@ -57,7 +57,10 @@ PARTS = (
     ("key", r"\(cache/key\.py"),
     ("look-up", r"\(cache/(memory|tiers|record|embedder|in_flight|errors)\.py|\(cache/disk/"),
     ("accounting", r"\(cache/ledger\.py|proxy/http/(metrics|status)"),
-    ("render", r"render\S* \(proxy/|\(proxy/http/openai_format/render|\(providers/vector\.py"),
+    (
+        "render",
+        r"render\S* \(proxy/|\(proxy/http/openai_format/render|\(providers/(vector|dimensions)\.py",
+    ),
     (
         "HTTP write",
         r"aiohttp/(web_response|http_writer|_http_writer|helpers)|^uv__?(try_)?write",

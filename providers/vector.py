@@ -1,7 +1,7 @@
-"""The forms of a vector: float32 bytes, base64, JSON numbers, numpy arrays; cut and checked.
+"""The forms of a vector: float32 bytes, base64, JSON numbers, numpy arrays; and their checks.
 
-The only file that knows how numbers are laid out. Native vectors pass through it as bytes; floating
-point is touched only to check what came in and to derive a narrower vector.
+A vector from an upstream stays the bytes that it is: floating point is touched only to check it.
+Where a vector gets other dimensions: `dimensions`.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,39 +108,6 @@ def rows(numbers: Floats) -> list[Vector]:
     if numbers.ndim != 2:
         raise VectorError(f"{numbers.ndim} axes where there should be 2")
     return [row.tobytes() for row in numbers.astype(_FLOAT32)]
-
-
-def cut(vectors: Sequence[Vector], dimensions: int) -> Floats:
-    """Cut Matryoshka vectors to their first `dimensions` numbers and renormalise each to length 1.
-
-    Works in float64 and rounds once, as OpenAI's own shortening does to within 1e-6. Returns shape
-    (n, dimensions). Raises VectorError if a vector has nothing left; `check_heads` finds out first.
-    """
-    heads = stack(vectors)[:, :dimensions].astype(np.float64)
-    lengths = np.linalg.norm(heads, axis=1, keepdims=True)
-    if not lengths.all():
-        raise VectorError(f"all of the first {dimensions} numbers are zero")
-    narrow: Floats = (heads / lengths).astype(_FLOAT32)
-    return narrow
-
-
-def check_heads(vectors: Sequence[Vector], dimensions: int) -> None:
-    """Raise VectorError unless every vector can be cut to `dimensions`: no head is all zeros."""
-    for vector in vectors:
-        if not np.frombuffer(vector, dtype=_FLOAT32, count=dimensions).any():
-            raise VectorError(f"all of the first {dimensions} numbers are zero")
-
-
-def derive(vectors: Sequence[Vector], dimensions: int) -> Sequence[Vector]:
-    """Return the vectors at the asked-for width: as they are if native, else cut or padded.
-
-    Padding appends zeros, and changes no other number.
-    """
-    if not vectors or len(vectors[0]) == 4 * dimensions:
-        return vectors
-    if len(vectors[0]) < 4 * dimensions:
-        return [vector.ljust(4 * dimensions, b"\0") for vector in vectors]
-    return [row.tobytes() for row in cut(vectors, dimensions)]
 
 
 to_base64: Callable[[Vector], bytes] = pybase64.b64encode

@@ -77,6 +77,7 @@ DOORS = {
     # computes the checksums of a log.
     "numpy": {
         "providers/vector.py",
+        "providers/dimensions.py",
         "index/migration/vectors.py",
         "providers/similarity.py",
         "providers/local.py",

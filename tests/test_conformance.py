@@ -197,11 +197,11 @@ async def width_is_what_was_asked(bench: Bench) -> None:
 
 
 def width_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(vector, "derive", lambda vectors, _: vectors)
+    patch.setattr(openai_format, "derive", lambda vectors, _: vectors)
 
 
 def cut_is_not_renormalised(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(vector, "derive", lambda vectors, d: [v[: 4 * d] for v in vectors])
+    patch.setattr(openai_format, "derive", lambda vectors, d: [v[: 4 * d] for v in vectors])
 
 
 async def order_is_kept(bench: Bench) -> None:

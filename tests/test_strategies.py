@@ -10,7 +10,7 @@ import pytest
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.errors import Missing
 from embedding_proxy.index.migration.text_template import Rule, TemplateError
-from embedding_proxy.providers import dimension_policy as strategies
+from embedding_proxy.providers import dimensions as strategies
 from embedding_proxy.providers import plugins
 from embedding_proxy.proxy.config.schema import Settings
 from example_package import install

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from embedding_proxy.index.collection_reader import Page, Point, PointId
 from embedding_proxy.providers import vector
+from embedding_proxy.providers.dimensions import derive
 
 from .embedding import Rejection
 from .runner import Migration, MigrationRefused
@@ -56,7 +57,7 @@ async def carry(migration: Migration, points: Sequence[Point]) -> CarryResult:
     for point in points:
         wrong = migration.vector_error(point) if migration.regime.copies else "not looked at"
         if wrong is None:
-            (new,) = vector.derive([point.vector or b""], migration.model.dimensions)
+            (new,) = derive([point.vector or b""], migration.model.dimensions)
             done.points.append(point.with_vector(new))
         elif (text := migration.rule.text(point.payload)) is not None:
             texts.append((point, text))
@@ -124,9 +125,7 @@ async def verify_sample(migration: Migration, least: float) -> None:
     answers = await migration.embedder.embed([text for _, text in able], anew=True)
     pairs = zip((one for one, _ in able), answers, strict=True)
     there = [(one, new) for one, new in pairs if not isinstance(new, Rejection)]
-    cosines = [
-        vector.cosine(vector.derive([one.vector or b""], width)[0], new) for one, new in there
-    ]
+    cosines = [vector.cosine(derive([one.vector or b""], width)[0], new) for one, new in there]
     if not there:
         raise MigrationRefused(f"{state.model} takes none of the sampled texts")
     off = sum(cosine < least for cosine in cosines)
@@ -335,7 +334,7 @@ def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
     if not reads_vectors(migration):
         return False  # its vector follows from its text, which is in the payload
     if migration.regime.copies and migration.vector_error(old) is None:
-        (expected,) = vector.derive([old.vector or b""], migration.model.dimensions)
+        (expected,) = derive([old.vector or b""], migration.model.dimensions)
         return not is_copy(expected, new.vector, migration.old.kind)
     has_source = old.vector is not None or migration.rule.text(old.payload) is not None
     return (new.vector is not None) != has_source

@@ -30,6 +30,7 @@ from embedding_proxy.index.collection import Provenance, origin_of
 from embedding_proxy.index.collection_reader import Point
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.dimensions import check_heads
 
 from . import qdrant
 from .embedding import Model, RetryingEmbedder
@@ -196,7 +197,7 @@ def vector_error(point: Point, width: int, new_width: int) -> str | None:
         return "there is no vector"
     try:
         vector.check(point.vector, width)
-        vector.check_heads([point.vector], min(width, new_width))
+        check_heads([point.vector], min(width, new_width))
     except vector.VectorError as error:
         return str(error)
     return None

@@ -26,8 +26,8 @@ from embedding_proxy.index.outbox import (
 from embedding_proxy.index.outbox_db import OutboxFile, ReadOnlyOutbox
 from embedding_proxy.index.point import Backlog, JournalEntry
 from embedding_proxy.index.resync import Comparison, resync
-from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.dimensions import derive
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.index import Qdrant
 from embedding_proxy.proxy.config.schema import Settings
@@ -282,7 +282,7 @@ def _cached_vectors(
         entry = None
         if kept is not None and width is not None and one.digest is not None:
             entry = record.decode(kept.record, one.digest, width)
-        found.append(None if entry is None else vector.derive([entry.vector], dimensions)[0])
+        found.append(None if entry is None else derive([entry.vector], dimensions)[0])
     return found
 
 

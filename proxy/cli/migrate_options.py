@@ -20,9 +20,8 @@ from embedding_proxy.index.migration.cutover import MissingLimit
 from embedding_proxy.index.migration.runner import MigrationRequest, Regime
 from embedding_proxy.index.migration.state import FOLDER, MigrationState
 from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
-from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space, Vector
-from embedding_proxy.providers.dimension_policy import can_give
+from embedding_proxy.providers.dimensions import can_give, derive
 from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.proxy.config import loader
@@ -230,7 +229,7 @@ class Target:
         result = await self.shield(buying)
         if result.space != self.space or result.dimensions != self.dimensions:
             raise InvalidAnswer(result.space.name, "is not the space that was asked for")
-        vectors = vector.derive(result.embedded.vectors, self.dimensions)
+        vectors = derive(result.embedded.vectors, self.dimensions)
         return vectors, result.usage.misses
 
     async def finish(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.dimension_policy import can_give
+from embedding_proxy.providers.dimensions import can_give
 from embedding_proxy.providers.model_catalog import CATALOGUE, ModelEntry
 
 from .loader import ConfigError

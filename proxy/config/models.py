@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from embedding_proxy.providers import model_catalog
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.dimension_policy import (
+from embedding_proxy.providers.dimensions import (
     BUILT_IN,
     Policy,
     UnknownStrategy,

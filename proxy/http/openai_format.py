@@ -11,6 +11,7 @@ from functools import lru_cache
 import orjson
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.dimensions import derive
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.request_fields import classify
 from embedding_proxy.proxy.service.index_options import parse_index_options
@@ -202,7 +203,7 @@ def _items(
     start: int,
 ) -> list[bytes]:
     """Return the bytes of vectors from the place `start` on, each behind what stands before it."""
-    derived = vector.derive(vectors, form.dimensions)
+    derived = derive(vectors, form.dimensions)
     if form.encoding == "base64":
         encode: Callable[[Vector], bytes] = vector.to_base64
     else:

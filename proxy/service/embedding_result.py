@@ -9,6 +9,7 @@ from embedding_proxy.cache.cached_hit import CountedEmbeddings
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Input, Outcome, Space, Vector, slices
+from embedding_proxy.providers.dimensions import check_heads, derive
 from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.similarity import similarities
 
@@ -45,7 +46,7 @@ class Result:
     @property
     def vectors(self) -> vector.Floats:
         """The vectors as one array of float32, shape (n, dimensions)."""
-        return vector.stack(vector.derive(self.embedded.vectors, self.dimensions))
+        return vector.stack(derive(self.embedded.vectors, self.dimensions))
 
     def similarity(self, other: Optional["Result"] = None) -> vector.Floats:
         """Return the cosines of all vectors with all of another result, or of this; shape (n, m).
@@ -60,7 +61,7 @@ class Result:
                 f" {mine[0]} at {mine[1]}, {theirs[0]} at {theirs[1]}"
             )
         rows, columns = (
-            vector.derive(result.embedded.vectors, result.dimensions) for result in (self, other)
+            derive(result.embedded.vectors, result.dimensions) for result in (self, other)
         )
         return similarities(rows, columns)
 
@@ -103,7 +104,7 @@ def check(space: Space, width: int, vectors: Sequence[Vector]) -> None:
     """Check that vectors of a space can be brought to a width. Raises InvalidAnswer."""
     if width < space.dimensions:
         try:
-            vector.check_heads(vectors, width)
+            check_heads(vectors, width)
         except vector.VectorError as error:
             raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
 

@@ -34,8 +34,9 @@ from embedding_proxy.cache.tiers import TierCounters
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import SearchHit, search
-from embedding_proxy.providers import similarity, vector
+from embedding_proxy.providers import similarity
 from embedding_proxy.providers.base import SLICE, Input
+from embedding_proxy.providers.dimensions import derive
 from embedding_proxy.providers.histogram import Histogram
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.proxy.config.loader import ConfigError, load
@@ -115,7 +116,7 @@ class SearchMixin(ABC):
         if not texts:
             return []
         result = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
-        first, *others = vector.derive(result.embedded.vectors, result.dimensions)
+        first, *others = derive(result.embedded.vectors, result.dimensions)
         ranked = similarity.ranked(first, others, k)
         return [Neighbour(index, texts[index], score) for index, score in ranked]
 
@@ -160,7 +161,7 @@ class SearchMixin(ABC):
         qdrant = self.settings.index.qdrant
         name = collection or qdrant.collection
         name = name or collection_of(result.name, space, result.dimensions, qdrant)
-        (numbers,) = vector.derive(result.embedded.vectors, result.dimensions)
+        (numbers,) = derive(result.embedded.vectors, result.dimensions)
         return await search(
             await self.indexing.indexer.connection(),
             name,

@@ -30,8 +30,8 @@ from embedding_proxy.index.collection import (
 from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable, UntrustedCertificate
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
-from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Outcome, Space, Vector, slices
+from embedding_proxy.providers.dimensions import derive
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.config.index import Hnsw, Optimizers, Qdrant
 from embedding_proxy.proxy.config.loader import ConfigError
@@ -245,9 +245,7 @@ class IndexWrites:
         keys: Sequence[Key],
         places: Sequence[int],
     ) -> list[Point]:
-        vectors = vector.derive(
-            [result.embedded.vectors[place] for place in places], result.dimensions
-        )
+        vectors = derive([result.embedded.vectors[place] for place in places], result.dimensions)
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         common = {
             "created_at": now,

@@ -10,7 +10,7 @@ from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Context, Embedder, Input, Space
-from embedding_proxy.providers.dimension_policy import MAX_DIMENSIONS
+from embedding_proxy.providers.dimensions import MAX_DIMENSIONS
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.histogram import Histogram
 from embedding_proxy.providers.openai_compatible import HttpProvider

@@ -19,10 +19,10 @@ from typing import NamedTuple, TypeVar
 from embedding_proxy.cache.cached_hit import CountedEmbeddings
 from embedding_proxy.cache.embedder import is_plain
 from embedding_proxy.cache.key import Keyring, Namespace, keyring
-from embedding_proxy.providers import dimension_policy, vector
+from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Context, Input, Space, Vector
 from embedding_proxy.providers.charge import Account
-from embedding_proxy.providers.dimension_policy import BUILT_IN, can_give, find
+from embedding_proxy.providers.dimensions import BUILT_IN, can_give, choose_dimensions, find
 from embedding_proxy.providers.errors import (
     ClientKeyRefused,
     EmbeddingError,
@@ -102,7 +102,7 @@ class EmbeddingPipeline:
         if (
             model.client_key_policy is not None
             or model.truncate_to is not None
-            or model.dimension_policy not in dimension_policy.BUILT_IN
+            or model.dimension_policy not in BUILT_IN
             or not model.space.dimensions
             or not is_plain(to_cache_policy(self._settings.cache.mode, control))
         ):
@@ -231,7 +231,7 @@ def _neutral(model: Model, request: EmbeddingRequest) -> tuple[tuple[str, bytes]
 def _width(model: Model, request: EmbeddingRequest) -> int:
     """Return the width to answer with. Raises InvalidRequest."""
     refused = model.reject_dimensions
-    return dimension_policy.choose_dimensions(
+    return choose_dimensions(
         model.space, request.dimensions, model.dimension_policy, refused=refused
     )
 

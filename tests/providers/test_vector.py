@@ -9,6 +9,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 from embedding_proxy.providers import vector
+from embedding_proxy.providers.dimensions import check_heads, cut, derive
 from embedding_proxy.providers.vector import VectorError
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -145,7 +146,7 @@ def test_cut_vectors_are_exact_and_of_length_one(data):
     dimensions = data.draw(st.integers(1, width), "dimensions")
     rows = data.draw(st.lists(st.lists(FLOAT32, min_size=width, max_size=width), min_size=1))
     assume(all(any(row[:dimensions]) for row in rows))
-    narrow = vector.cut([packed(*row) for row in rows], dimensions)
+    narrow = cut([packed(*row) for row in rows], dimensions)
     assert narrow.shape == (len(rows), dimensions)
     assert narrow.dtype == np.float32
     for got, row in zip(narrow.tolist(), rows, strict=True):
@@ -159,7 +160,7 @@ def test_a_real_vector_cut_at_every_width_is_of_length_one():
     numbers = np.random.default_rng(7).standard_normal(3072)
     native = (numbers / np.linalg.norm(numbers)).astype("<f4")
     for dimensions in (1, 2, 256, 512, 1024, 1536, 3071):
-        (narrow,) = vector.derive([native.tobytes()], dimensions)
+        (narrow,) = derive([native.tobytes()], dimensions)
         head = native[:dimensions].astype(np.float64)
         oracle = head / math.sqrt(math.fsum(x * x for x in head.tolist()))
         got = np.frombuffer(narrow, dtype="<f4").astype(np.float64)
@@ -170,7 +171,7 @@ def test_a_real_vector_cut_at_every_width_is_of_length_one():
 def test_a_head_of_zeros_cannot_be_cut():
     """A vector whose first numbers are all zero has no direction there, and is refused."""
     with pytest.raises(VectorError, match="first 2 numbers"):
-        vector.cut([packed(1, 0, 0), packed(0, 0, 1)], 2)
+        cut([packed(1, 0, 0), packed(0, 0, 1)], 2)
 
 
 ROWS = st.lists(st.lists(st.sampled_from([0.0, -0.0, SMALLEST, 1.0]), min_size=3, max_size=3))
@@ -182,24 +183,24 @@ def test_heads_pass_exactly_when_they_can_be_cut(rows, dimensions):
     """The check before an answer refuses what the cut would refuse in the midst of it, no more."""
     vectors = [packed(*row) for row in rows]
     if all(any(row[:dimensions]) for row in rows):
-        vector.check_heads(vectors, dimensions)
-        vector.derive(vectors, dimensions)
+        check_heads(vectors, dimensions)
+        derive(vectors, dimensions)
     else:
         with pytest.raises(VectorError, match=f"first {dimensions} numbers"):
-            vector.check_heads(vectors, dimensions)
+            check_heads(vectors, dimensions)
 
 
 def test_the_native_width_is_not_touched():
     """A vector of the asked-for width is handed on as it is, even when its length is not 1."""
     vectors = [packed(3, 4), packed(1e-30, 0)]
-    assert vector.derive(vectors, 2) is vectors
-    assert vector.derive([], 2) == []
+    assert derive(vectors, 2) is vectors
+    assert derive([], 2) == []
 
 
 def test_derived_vectors_keep_their_order():
     """Each input gets the cut of its own vector."""
     vectors = [packed(0, 2, 9), packed(5, 0, 9), packed(0, -7, 9)]
-    assert vector.derive(vectors, 2) == [packed(0, 1), packed(1, 0), packed(0, -1)]
+    assert derive(vectors, 2) == [packed(0, 1), packed(1, 0), packed(0, -1)]
 
 
 def test_vectors_stack_in_rows():

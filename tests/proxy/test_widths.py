@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from embedding_proxy.providers import vector
+from embedding_proxy.providers.dimensions import derive
 from fault_server import vector_of
 
 ADA = "text-embedding-ada-002"
@@ -64,6 +65,6 @@ async def test_padded(model, upstream, start_proxy):
 def test_padding_keeps_the_cosine():
     """Two vectors padded alike have the cosine they had."""
     one, other = (vector_of("m", text, 8).tobytes() for text in "ab")
-    wide = vector.derive([one, other], 20)
+    wide = derive([one, other], 20)
     assert [len(v) for v in wide] == [80, 80]
     assert vector.cosine(*wide) == pytest.approx(vector.cosine(one, other), abs=1e-12)

@@ -1,23 +1,28 @@
-"""Dimension policies: which vector widths a model can answer with, and how it gives them.
+"""The dimensions of vectors: which ones a model can answer with, and how a vector is cut or padded.
 
 The operator names a policy for each model: one of our own (`Policy`), or a strategy that an
-installed package provides. A package provides a strategy by an entry point of the group
-`embedding_proxy.widths`. Its name is what a model's `dimension_policy` may say; it refers to an
-object as `Strategy` describes, or to a class that makes one without arguments. It is loaded when a
-configuration names it.
+installed package provides. `choose_dimensions` applies the policy to a request, `derive` cuts or
+pads the vectors. The cache keeps native vectors: one record serves every request, whatever its
+dimensions.
+
+A package provides a strategy by an entry point of the group `embedding_proxy.widths`. Its name is
+what a model's `dimension_policy` may say; it refers to an object as `Strategy` describes, or to a
+class that makes one without arguments. It is loaded when a configuration names it.
 
 The vectors of a strategy are an embedding space of their own, named after the strategy and its
 version: they compare with one another, but neither with the model's own vectors nor with those of
 another version.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 from embedding_proxy.providers import plugins
-from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.base import Space, Vector
 from embedding_proxy.providers.errors import InvalidRequest
-from embedding_proxy.providers.vector import Floats
+from embedding_proxy.providers.vector import Floats, VectorError, stack
 
 Policy: TypeAlias = Literal["strict", "truncate", "pad"]
 """The policy for a width that a model does not have.
@@ -29,6 +34,7 @@ Policy: TypeAlias = Literal["strict", "truncate", "pad"]
 
 BUILT_IN = ("strict", "truncate", "pad")
 """Our own policies; any other name is a strategy's."""
+_FLOAT32 = np.dtype("<f4")
 MAX_DIMENSIONS = 65_536
 """The largest width that a request may ask for."""
 
@@ -112,3 +118,36 @@ def choose_dimensions(
         f" most {max_dimensions} for this model.",
         param="dimensions",
     )
+
+
+def cut(vectors: Sequence[Vector], dimensions: int) -> Floats:
+    """Cut Matryoshka vectors to their first `dimensions` numbers and renormalise each to length 1.
+
+    Works in float64 and rounds once, as OpenAI's own shortening does to within 1e-6. Returns shape
+    (n, dimensions). Raises VectorError if a vector has nothing left; `check_heads` finds out first.
+    """
+    heads = stack(vectors)[:, :dimensions].astype(np.float64)
+    lengths = np.linalg.norm(heads, axis=1, keepdims=True)
+    if not lengths.all():
+        raise VectorError(f"all of the first {dimensions} numbers are zero")
+    narrow: Floats = (heads / lengths).astype(_FLOAT32)
+    return narrow
+
+
+def check_heads(vectors: Sequence[Vector], dimensions: int) -> None:
+    """Raise VectorError unless every vector can be cut to `dimensions`: no head is all zeros."""
+    for vector in vectors:
+        if not np.frombuffer(vector, dtype=_FLOAT32, count=dimensions).any():
+            raise VectorError(f"all of the first {dimensions} numbers are zero")
+
+
+def derive(vectors: Sequence[Vector], dimensions: int) -> Sequence[Vector]:
+    """Return the vectors at the asked-for width: as they are if native, else cut or padded.
+
+    Padding appends zeros, and changes no other number.
+    """
+    if not vectors or len(vectors[0]) == 4 * dimensions:
+        return vectors
+    if len(vectors[0]) < 4 * dimensions:
+        return [vector.ljust(4 * dimensions, b"\0") for vector in vectors]
+    return [row.tobytes() for row in cut(vectors, dimensions)]
