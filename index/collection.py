@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -340,6 +340,19 @@ async def collection_aliases(qdrant: AnyConnection) -> dict[str, str]:
     """Return the collections that aliases lead to, by the aliases. Raises QdrantFailure."""
     found = await qdrant.ask(lambda client: client.get_aliases())
     return {one.alias_name: one.collection_name for one in found.aliases}
+
+
+async def present_ids(qdrant: AnyConnection, name: str, ids: Sequence[int | str]) -> set[int | str]:
+    """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
+    if not ids:
+        return set()
+    try:
+        found = await qdrant.ask(
+            lambda client: client.retrieve(name, list(ids), with_payload=False, with_vectors=False)
+        )
+    except Missing:
+        return set()
+    return {one.id if isinstance(one.id, int) else str(one.id) for one in found}
 
 
 async def _info(qdrant: AnyConnection, name: str) -> "CollectionInfo | None":

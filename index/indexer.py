@@ -1,9 +1,15 @@
-"""The indexer: writes answered vectors to Qdrant in the background.
+"""How a point is indexed: from an answer to Qdrant, in the background.
 
-`add` never raises. It waits only for the local outbox, and only for points that are not known to be
-there: points that this process remembers cost no disk access. What names its ids or its payload is
-always written: only Qdrant knows what is under an id. A point that cannot be written to the
-outbox is not indexed now; its id stays unknown, so the next answer with it tries again.
+1. `proxy.service.index_writes` makes points of an answer: id, payload, collection.
+2. `Indexer.add`, here, leaves out the points that this process remembers as indexed, without disk
+   access, and puts the others into the outbox.
+3. `outbox` keeps them on disk until Qdrant has them. Then the reply leaves.
+4. `sender`, in one process, writes them to Qdrant in batches (`upsert`) and takes them out of the
+   outbox. What Qdrant rejects becomes a dead letter there.
+
+`add` never raises, and waits only for the local outbox. A point with an id or a payload from the
+request is always written: only Qdrant knows what it has under that id. A point that cannot be put
+into the outbox is not indexed now; its id stays unknown, so the next answer with it tries again.
 """
 
 import asyncio

@@ -11,10 +11,9 @@ from functools import partial
 
 from embedding_proxy.providers.base import Vector
 
-from .collection import AnyConnection, CollectionNames, Provenance, state_of
+from .collection import AnyConnection, CollectionNames, Provenance, present_ids, state_of
 from .outbox import OnDisk, Outbox
 from .point import JournalEntry, Point, Target, id_of
-from .upsert import present_ids
 
 COMPARED = 1000
 """Points whose presence is asked for in one call."""

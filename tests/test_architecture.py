@@ -93,7 +93,7 @@ DOORS = {
         "index/migration/qdrant.py",
         "index/migration/vectors.py",
         "index/errors.py",
-        "index/upsert.py",
+        "index/sender.py",
         "index/search.py",
     },
     "pydantic": {

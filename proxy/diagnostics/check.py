@@ -16,7 +16,7 @@ from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure
 from embedding_proxy.index.errors import Denied, InUse, QdrantFailure
 from embedding_proxy.index.point import QueuedPoint
-from embedding_proxy.index.upsert import upsert
+from embedding_proxy.index.sender import upsert
 from embedding_proxy.providers import local, registry, tokens, vector
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import AuthenticationError, EmbeddingError, ModelNotFound
