@@ -78,7 +78,7 @@ DOORS = {
     "numpy": {
         "providers/vector.py",
         "providers/dimensions.py",
-        "index/migration/vectors.py",
+        "index/migration/points.py",
         "providers/similarity.py",
         "providers/local.py",
         "proxy/cli/demo.py",
@@ -91,7 +91,6 @@ DOORS = {
         "index/collection.py",
         "index/migration/points.py",
         "index/migration/qdrant.py",
-        "index/migration/vectors.py",
         "index/errors.py",
         "index/sender.py",
         "index/search.py",

@@ -16,10 +16,10 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.dimensions import derive
 
 from .embedding import Rejection
+from .points import is_copy
 from .runner import Migration, MigrationRefused
 from .snapshot import Snapshot
 from .state import Counts, Phase
-from .vectors import is_copy
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from embedding_proxy.index.collection_reader import Point, PointId
 from embedding_proxy.index.errors import QdrantFailure
 
-from . import qdrant, vectors
+from . import qdrant
 from .copy import carry, reads_vectors
-from .points import Points, WriteMode
+from .points import Points, WriteMode, vector_digest
 from .runner import Migration, MigrationRefused
 from .snapshot import Snapshot, SnapshotRow, content_digest, other_digests
 from .state import MigrationState, Phase, State
@@ -356,11 +356,11 @@ def _late_change(old: Point, row: SnapshotRow | None, new: Point | None) -> _Lat
         return _LateChange(is_free, is_left=is_left)
     has_changed = row.content != content_digest(old)
     is_touched = new.digest() != row.payload or (
-        row.vector is not None and row.vector != vectors.digest(new.vector)
+        row.vector is not None and row.vector != vector_digest(new.vector)
     )
     names, touched = [], has_changed and is_touched and new.digest() != old.digest()
     for name in {*(row.old or {}), *(old.others or {})} if row.old is not None else ():
-        mine, theirs = (vectors.digest((one or {}).get(name)) for one in (old.others, new.others))
+        mine, theirs = (vector_digest((one or {}).get(name)) for one in (old.others, new.others))
         if mine == (row.old or {}).get(name):
             continue
         if theirs == (row.new or {}).get(name):
@@ -404,6 +404,6 @@ def _is_untouched(row: SnapshotRow, new: Point) -> bool:
     """Tell whether a point of the new collection is as the cutover left it."""
     if not row.carried or new.digest() != row.payload:
         return False
-    if row.vector is not None and row.vector != vectors.digest(new.vector):
+    if row.vector is not None and row.vector != vector_digest(new.vector):
         return False
     return row.new in (None, other_digests(new))

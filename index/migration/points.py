@@ -1,26 +1,34 @@
-"""The points of a migration's collections: read in pages, written with all their vectors.
+"""The points of a migration's collections: read in pages, written with all their vectors, compared.
 
 A server may take fewer points in one request than are asked for: by its strict mode, a limit of
 rates or of bytes, its own or that of a gateway. Then requests get smaller, and stay so.
+
+The vectors of a point are dense, multi or sparse. A collection stores no more of a vector than its
+type can hold: a copy that is stored again may differ in the last digits of that type, so copies are
+compared with a tolerance (`is_copy`). A digest is exact: it tells whether one collection gives
+other numbers than before (`vector_digest`).
 """
 
 import asyncio
+import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
 from embedding_proxy.index.client import BatchSize, Connection, send_in_batches
 from embedding_proxy.index.collection_reader import CollectionReader, Page, Point, PointId
 from embedding_proxy.index.errors import Disconnected, TooLarge, Unavailable
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
-
-from .vectors import numbers_in
+from embedding_proxy.providers.vector import Floats
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
-    from qdrant_client.models import PointStruct
+    from qdrant_client.models import CollectionParams, PointStruct
 
 WriteMode: TypeAlias = Literal["upsert", "insert_only", "update_only"]
 """`insert_only` leaves alone the points that exist, `update_only` those that do not."""
@@ -33,6 +41,10 @@ _BYTES_PER_NUMBER = 12
 """About the size of a float32 in JSON."""
 _MAX_POINTS = 1 << 20
 """Of one request, until a server says that it takes fewer."""
+
+_TOLERANCES = {"float16": 2e-3, "uint8": 0.0, "turbo16": 2e-3, "turbo8": 2e-2, "turbo4": 0.2}
+"""What a number may differ by when it is stored again, as a share of the largest of its vector."""
+_FLOAT32 = 1e-5
 
 
 class Points(CollectionReader):
@@ -177,3 +189,84 @@ def _in_writes(points: Sequence[Point]) -> Iterator[list[Point]]:
         size += own
     if some:
         yield some
+
+
+@dataclass(frozen=True, slots=True)
+class VectorType:
+    """How a collection stores the vectors of one name."""
+
+    datatype: str = "float32"
+    is_cosine: bool = False
+    """Whether a server scales them to length 1 when it stores them."""
+
+    @property
+    def tolerance(self) -> float:
+        """The share of its largest number by which a vector and its copy may differ."""
+        return _TOLERANCES.get(self.datatype, _FLOAT32)
+
+
+def vector_types(params: "CollectionParams") -> dict[str, VectorType]:
+    """Return how the vectors of a collection are stored, by their names; "" is the unnamed one."""
+    found: Any = params.vectors
+    dense = dict(found) if isinstance(found, Mapping) else {"": found} if found else {}
+    types = {
+        name: VectorType(_datatype(one.datatype), str(one.distance.value) == "Cosine")
+        for name, one in dense.items()
+    }
+    for name, one in (params.sparse_vectors or {}).items():
+        types[name] = VectorType(_datatype(one.index.datatype if one.index else None))
+    return types
+
+
+def _datatype(found: Any) -> str:  # noqa: ANN401 - an enum of the client, or None
+    return "float32" if found is None else str(found.value)
+
+
+def vector_digest(vector: Any) -> str | None:  # noqa: ANN401 - in each form that Qdrant has
+    """Return a digest of a vector in any form; None of no vector."""
+    if vector is None:
+        return None
+    indices, numbers = _parts(vector)
+    content = hashlib.blake2b(f"{numbers.shape}".encode(), digest_size=12)
+    if indices is not None:
+        content.update(indices.tobytes())
+    content.update(numbers.tobytes())
+    return content.hexdigest()
+
+
+def is_copy(one: Any, other: Any, kind: VectorType) -> bool:  # noqa: ANN401 - as above
+    """Tell whether two vectors of any form are equal, within what their type can hold."""
+    if one is None or other is None:
+        return one is other
+    (indices, numbers), (others, theirs) = _parts(one), _parts(other)
+    if numbers.shape != theirs.shape or (indices is None) != (others is None):
+        return False
+    if indices is not None and others is not None and not np.array_equal(indices, others):
+        return False
+    if kind.is_cosine and indices is None:
+        numbers, theirs = _scaled(numbers), _scaled(theirs)
+    largest = max(np.abs(numbers).max(initial=0.0), np.abs(theirs).max(initial=0.0))
+    return np.allclose(numbers, theirs, rtol=0, atol=kind.tolerance * largest, equal_nan=True)
+
+
+def numbers_in(vector: Any) -> int:  # noqa: ANN401 - as above
+    """Return how many numbers the JSON of a vector has."""
+    if isinstance(vector, Sequence):
+        return sum(len(one) if isinstance(one, Sequence) else 1 for one in vector)
+    return 2 * len(getattr(vector, "indices", ()))
+
+
+def _parts(vector: Any) -> tuple[NDArray[np.int64] | None, Floats]:  # noqa: ANN401 - as above
+    """Return the indices in order, None of a vector that is not sparse, and the numbers."""
+    if isinstance(vector, bytes):
+        return None, np.frombuffer(vector, "<f4")
+    if not isinstance(vector, Sequence):
+        indices = np.asarray(vector.indices, np.int64)
+        order = np.argsort(indices)
+        return indices[order], np.asarray(vector.values, np.float32)[order]
+    return None, np.asarray(vector, np.float32)
+
+
+def _scaled(numbers: Floats) -> Floats:
+    lengths = np.linalg.norm(numbers, axis=-1, keepdims=True)
+    return (numbers / np.where(lengths > 0, lengths, 1)).astype(np.float32)

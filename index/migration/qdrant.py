@@ -16,8 +16,7 @@ from embedding_proxy.index.collection import (
 )
 from embedding_proxy.index.errors import Exists, Missing, OtherSpace, Rejected
 
-from .points import Points
-from .vectors import VectorType, vector_types
+from .points import Points, VectorType, vector_types
 
 if TYPE_CHECKING:
     from qdrant_client.models import CollectionInfo

@@ -17,7 +17,7 @@ import orjson
 from embedding_proxy.cache import private_files
 from embedding_proxy.index.collection_reader import Point, PointId
 
-from . import vectors
+from .points import vector_digest
 from .state import MigrationStateError
 
 _LAYOUT = """
@@ -178,12 +178,12 @@ def content_digest(point: Point) -> bytes:
 
 def other_digests(point: Point) -> Digests:
     """Return the digests of a point's vectors beside the one that is migrated."""
-    return {name: vectors.digest(one) for name, one in (point.others or {}).items()}
+    return {name: vector_digest(one) for name, one in (point.others or {}).items()}
 
 
 def _vectors_json(old: Point, new: Point | None) -> bytes:
     theirs = {} if new is None else other_digests(new)
-    own = None if new is None else vectors.digest(new.vector)
+    own = None if new is None else vector_digest(new.vector)
     return orjson.dumps([other_digests(old), theirs, own])
 
 
