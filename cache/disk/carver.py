@@ -9,6 +9,11 @@ the number that says to which partition an entry belongs, stand in one place onl
 
 Rows that nothing else names come last (`late_rows`): SQLite may have given them up. Old versions of
 pages are among them, unless something was ever purged: what was deleted on purpose stays deleted.
+
+The sums of the ledger come from the pages of both of its copies: table `Usage` and its index
+`Usage_copy` hold the same lines. Of each sum the higher one counts, as sums only grow. A line that
+stands twice on a page is two lines: the row in the table was damaged, and counted from zero again.
+A page whose lines are out of order counts only where no other page has them.
 """
 
 import contextlib
@@ -20,15 +25,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from embedding_proxy.cache.key import UNKNOWN, Partition, Row
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.record import width
 from embedding_proxy.providers.base import current_label
 
-from . import carved_ledger
-from .carved_ledger import CarvedLedger
 from .pages import ADDRESS, INDEX_INTERIOR, INDEX_LEAF, ONE, TABLE_LEAF, Cell, cells, shapes
 from .quarantine import is_name
 from .write_ahead_log import SIZES, Log
@@ -40,12 +43,26 @@ _int = int.from_bytes  # All numbers are big-endian.
 _WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
 _MIN_MS = 1 << 32  # A time in milliseconds is higher, the number of a partition is lower.
 
-# The shapes of rows (see `pages`). Those of tables begin with the row's number: it is NULL there.
+USAGE, USAGE_COPY, LAYOUT_1 = "iisssiiiiiiii", "iiiiiiiiiisss", "iiiiiiii"
+LEDGER_SHAPES = USAGE, USAGE_COPY, LAYOUT_1
+"""The shapes of rows (see `pages`): of the table, of its index, and of the table of layout 1."""
+
+LedgerLine: TypeAlias = tuple[int, int, str, str, str]
+"""Day (since 1970, UTC), number of the partition, model, provider and client."""
+_LineSums: TypeAlias = dict[LedgerLine, tuple[bool, Usage]]
+"""Whether the page of a line is sound, and its sums."""
+
+_SUMS = len(Usage._fields)
+_MAX_SUM = 1 << 53  # Nine million dollars, in nanodollars: more is noise.
+_MAX_DAYS = 1 << 17
+_MAX_PARTITIONS = 1 << 32
+
+# The shapes of other rows. Those of tables begin with the row's number, which is NULL there.
 _PARTITIONS, _INDEX_OF_PARTITIONS = "nssi", "ssii"
 _ENTRIES, _INDEX_OF_ENTRIES = ("niii", "nnii"), "iii"
 _RECORD_COLUMNS, _INDEX_OF_CACHE = 12, "bii"
 _PURGES, _SALVAGED = "nii", "s"
-_LEARNED = {*carved_ledger.SHAPES, *_ENTRIES, _PARTITIONS, _PURGES, _SALVAGED}
+_LEARNED = {*LEDGER_SHAPES, *_ENTRIES, _PARTITIONS, _PURGES, _SALVAGED}
 _LEARNED |= {_INDEX_OF_PARTITIONS, _INDEX_OF_ENTRIES, _INDEX_OF_CACHE}
 
 # A version of a page: file, offset, where its own header begins (1.3), whether it is the last one.
@@ -201,7 +218,7 @@ class RecordCarver:
         kinds = TABLE_LEAF, INDEX_LEAF, INDEX_INTERIOR
         if shapes(page, self._size, version[2], *kinds).isdisjoint(_LEARNED | {""}):
             return
-        ledger = carved_ledger.Page()
+        ledger = LedgerPage()
         ledger.is_sound = version[0] != self._log or version[1] not in self._unsound
         for cell in cells(page, self._size, version[2], *kinds):
             if cell is None or cell.missing or (shape := cell.layout.shape) not in _LEARNED:
@@ -212,7 +229,7 @@ class RecordCarver:
             except UnicodeDecodeError:
                 ledger.is_sound = False
                 continue
-            if shape not in carved_ledger.SHAPES:
+            if shape not in LEDGER_SHAPES:
                 self._note_values(shape, cell.rowid, values)
             elif version[3]:
                 ledger.add(shape, values)
@@ -301,3 +318,83 @@ def _read(file: int, size: int, offset: int) -> bytes:
     with contextlib.suppress(OSError):
         return os.pread(file, size, offset)
     return b""
+
+
+class LedgerPage:
+    """The lines of one page, in the order in which they stand there."""
+
+    def __init__(self) -> None:
+        self.is_sound = True
+        self.lines: dict[str, dict[LedgerLine, Usage]] = {}
+        self._before: tuple[str, tuple[Any, ...]] | None = None
+
+    def add(self, shape: str, values: tuple[Any, ...]) -> None:
+        """Add a row of one of the shapes."""
+        # Sorted by what they hold, in the index as in the table.
+        if self._before is not None:
+            self.is_sound &= self._before[0] == shape and self._before[1] < values
+        self._before = shape, values
+        line, sums = _split(shape, values)
+        if not (
+            0 <= line[0] < _MAX_DAYS
+            and 0 <= line[1] < _MAX_PARTITIONS
+            and all(0 <= number < _MAX_SUM for number in sums)
+        ):
+            self.is_sound = False
+            return
+        lines, usage = self.lines.setdefault(shape, {}), Usage(*sums)
+        lines[line] = lines[line].plus(usage) if line in lines else usage
+
+
+class CarvedLedger:
+    """The lines of all pages."""
+
+    def __init__(self) -> None:
+        self._lines_by_shape: dict[str, _LineSums] = {shape: {} for shape in LEDGER_SHAPES}
+
+    def add(self, page: LedgerPage) -> None:
+        """Add what stands on a page."""
+        for shape, lines in page.lines.items():
+            for line, usage in lines.items():
+                _keep(self._lines_by_shape[shape], line, usage, is_sound=page.is_sound)
+
+    @property
+    def is_of_layout_1(self) -> bool:
+        """Whether there is nothing but lines of layout 1: they name no model."""
+        return not (self._lines_by_shape[USAGE] or self._lines_by_shape[USAGE_COPY])
+
+    def lines(self) -> Iterator[tuple[LedgerLine, Usage]]:
+        """Yield each line once."""
+        if self.is_of_layout_1:
+            # What is left of it in a file of a later layout is counted there, too.
+            merged = self._lines_by_shape[LAYOUT_1]
+        else:
+            merged = _merged(self._lines_by_shape[USAGE], self._lines_by_shape[USAGE_COPY])
+        for line, (_, usage) in merged.items():
+            yield line, usage
+
+
+def _merged(table: _LineSums, index: _LineSums) -> _LineSums:
+    sums: _LineSums = {}
+    for own, other in ((table, index), (index, table)):
+        for line, (is_sound, usage) in own.items():
+            # A line that only a damaged page has may be another's, changed.
+            if is_sound or line in other or len(other) < len(own):
+                _keep(sums, line, usage, is_sound=is_sound)
+    return sums
+
+
+def _keep(lines: _LineSums, line: LedgerLine, usage: Usage, *, is_sound: bool) -> None:
+    before = lines.get(line)
+    if before is None or before[0] < is_sound:
+        lines[line] = is_sound, usage
+    elif before[0] == is_sound:
+        lines[line] = is_sound, Usage(*map(max, before[1], usage))
+
+
+def _split(shape: str, values: tuple[Any, ...]) -> tuple[LedgerLine, tuple[int, ...]]:
+    if shape == LAYOUT_1:
+        return (values[0], values[1], "", "", ""), values[2:]
+    if shape == USAGE:
+        return values[:-_SUMS], values[-_SUMS:]
+    return values[_SUMS:], values[:_SUMS]

@@ -1,7 +1,7 @@
 """The sums of a damaged ledger: of two copies the better one counts, and nothing counts twice."""
 
 import pytest
-from embedding_proxy.cache.disk.carved_ledger import LAYOUT_1, USAGE, USAGE_COPY, CarvedLedger, Page
+from embedding_proxy.cache.disk.carver import LAYOUT_1, USAGE, USAGE_COPY, CarvedLedger, LedgerPage
 from embedding_proxy.cache.ledger import Usage
 
 A = (20_000, 1, "a", "p", "c")
@@ -11,7 +11,7 @@ LOW, HIGH = Usage(misses=1, tokens_billed=5), Usage(misses=2, tokens_billed=9)
 
 
 def _page(shape, *lines, is_sound=True):
-    page = Page()
+    page = LedgerPage()
     rows = [(*line, *usage) if shape == USAGE else (*usage, *line) for line, usage in lines]
     for row in sorted(rows):
         page.add(shape, row)
@@ -57,7 +57,7 @@ def test_what_stands_on_a_page_out_of_order_counts_for_want_of_another():
 
 def test_order_tells_a_damaged_page():
     """Rows of a page are sorted, in the table by what they are about, in the copy by the sums."""
-    page = Page()
+    page = LedgerPage()
     page.add(USAGE, (*B, *LOW))
     page.add(USAGE, (*C, *LOW))
     assert page.is_sound
@@ -71,7 +71,7 @@ def test_order_tells_a_damaged_page():
 )
 def test_what_can_be_no_sum_is_left_out(row):
     """Negative numbers, absurd ones, and days that never were."""
-    page = Page()
+    page = LedgerPage()
     page.add(USAGE, row)
     assert (page.is_sound, _merged(page)) == (False, {})
 
@@ -83,7 +83,7 @@ def test_a_line_that_stands_on_a_page_twice_is_two():
 
 def test_what_is_left_of_layout_1_counts_only_alone():
     """The sums of layout 1 were carried over into the ledger that there is."""
-    page = Page()
+    page = LedgerPage()
     page.add(LAYOUT_1, (20_000, 1, 1, 2, 3, 4, 5, 6))
     line = (20_000, 1, "", "", "")
     assert _merged(page) == {line: Usage(1, 2, 3, 4, 5, 6)}
