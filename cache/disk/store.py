@@ -27,7 +27,7 @@ from embedding_proxy.cache.disk.database import FAILURES, FILE_NAME, is_damage
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.read_only import read_ledger
 from embedding_proxy.cache.disk.reader import Reader
-from embedding_proxy.cache.disk.salvager import Salvager
+from embedding_proxy.cache.disk.salvage import Salvager
 from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord, Use, WriteBatch
 from embedding_proxy.cache.disk.writer import Writer
 from embedding_proxy.cache.key import Partition
