@@ -10,7 +10,6 @@ from embedding_proxy.cache.maintenance import location
 from embedding_proxy.cache.maintenance.location import Inspection
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.loader import Configuration
-from embedding_proxy.proxy.config.own_address import check_own_address
 from embedding_proxy.proxy.config.schema import Cache
 from embedding_proxy.proxy.diagnostics import check as index_check
 from embedding_proxy.proxy.diagnostics.check import Checkup, examine, provider_problems
@@ -19,6 +18,7 @@ from embedding_proxy.proxy.service.storage import GIB
 
 from .formatting import count, size
 from .output import ConfigOption, JsonOption, path_text, print_json, printable, progress
+from .startup import check_own_address
 
 
 def check(

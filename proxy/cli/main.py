@@ -97,7 +97,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
         from embedding_proxy.proxy.http import control, process  # noqa: PLC0415
         from embedding_proxy.proxy.http.workers import Supervisor  # noqa: PLC0415
 
-        from . import startup_log  # noqa: PLC0415
+        from . import startup  # noqa: PLC0415
 
     logging.getLogger().setLevel(logging.INFO)
     # The client of Qdrant would have each of its calls in the log.
@@ -107,7 +107,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
 
     def load() -> "Settings":
         configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
-        startup_log.check_environment(configuration)
+        startup.check_environment(configuration)
         settings = configuration.settings
         if verbose or quiet:
             level = "debug" if verbose else "warning"
@@ -115,7 +115,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
             settings = settings.model_copy(update={"log": log_section})
         return settings
 
-    startup_log.check_open_files()
+    startup.check_open_files()
     settings = load()
     log.configure(settings.log.level, settings.log.format)
     if settings.cache.mode != "normal":
@@ -134,7 +134,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
 
         def announce() -> "control.Listener | None":
             url = process.base_url(listening, is_encrypted=settings.server.tls is not None)
-            startup_log.report(settings, url)
+            startup.report(settings, url)
             if take_over:
                 control.ask(path, control.STOP)
             listener = control.listen(path)

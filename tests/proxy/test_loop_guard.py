@@ -248,7 +248,7 @@ def _resolve(monkeypatch):
             raise socket.gaierror(socket.EAI_NONAME, "made up")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (known[host], 0))]
 
-    monkeypatch.setattr("embedding_proxy.proxy.config.own_address.socket.getaddrinfo", look_up)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.startup.socket.getaddrinfo", look_up)
 
 
 def _written(tmp_path, base_url, server) -> Path:

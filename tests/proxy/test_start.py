@@ -10,7 +10,7 @@ from importlib.metadata import version
 import aiohttp
 import pytest
 from embedding_proxy.cache.maintenance.stats import read_size
-from embedding_proxy.proxy.cli import startup_log
+from embedding_proxy.proxy.cli import startup
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import process
 
@@ -30,7 +30,7 @@ def started(tmp_path, monkeypatch, caplog):
             url, ready = process.base_url(listening), asyncio.Event()
 
             def announce() -> None:
-                startup_log.report(settings, url)
+                startup.report(settings, url)
                 ready.set()
 
             task = asyncio.create_task(process.serve(settings, listening, announce))
