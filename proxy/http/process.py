@@ -1,4 +1,21 @@
-"""Runs the application on a port, and stops it without dropping a request."""
+"""One server process: how it starts, what its signals do, and how it stops.
+
+SIGHUP reads the configuration anew (`Instance.reload`). SIGTERM and SIGINT stop the process without
+dropping a request:
+
+1. `Instance._leave` tells systemd. `/readyz` says 503 from now on. For `server.drain_s` seconds the
+   process still takes requests, and closes each connection behind its next reply.
+2. `Runner.cleanup` (`app_runner`) stops listening, and closes the connections without a request.
+   The others have `server.grace_s` seconds; then they are cut.
+3. The application closes (`cleanup_ctx` in `app`), and with it `EmbeddingService`. Calls that were
+   sent to providers have five seconds more (`CLOSE_S` in `providers.attempts`): what they bring is
+   stored and counted.
+4. The outbox of the index and the store close; what is pending is written.
+
+A second SIGTERM or SIGINT ends the process at once. With several workers the parent gets the signal
+and passes it on (`workers`). A script that uses the library closes its service itself
+(`proxy.blocking`).
+"""
 
 import asyncio
 import errno

@@ -1,8 +1,18 @@
 """How a request may use the cache: by `cache.mode`, and by its header `Cache-Control`.
 
-Source of the rules of the header: RFC 9111, 5.2 and 5.2.1. As it recommends, directives that are
-unknown or not well formed are ignored, and names are case-insensitive. `cache.embedder` obeys the
-policy.
+`to_cache_policy` joins both to a CachePolicy, which `cache.embedder` obeys. What the modes change:
+
+- `normal`: cache hits are served; a cache miss is bought and stored.
+- `frozen`: cache hits are served; a cache miss is an error (404 `not_cached`, `cache.errors`).
+  Nothing costs money: no provider is opened or needs a key, no call is passed through, no drift
+  check runs (`embedding_service`, `http.passthrough`, `cli.startup`). Keys that clients send for
+  a provider are not verified (`client_keys`). Records older than `cache.ttl_days` are not served,
+  and not deleted either (`storage`).
+- `refresh`: every input is bought, and replaces its record.
+- `off`: every input is bought; nothing is read from the cache or stored.
+
+The rules of the header are those of RFC 9111, 5.2 and 5.2.1. As it recommends, directives that are
+unknown or not well formed are ignored, and names are case-insensitive.
 """
 
 import math
