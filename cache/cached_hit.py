@@ -76,8 +76,8 @@ class CachedHit:
         while len(vectors) < len(self.keys):
             if vectors:
                 await asyncio.sleep(0)
-            some = self.keys[len(vectors) : len(vectors) + LOT]
-            lookup = self.tiers.lookup_nowait(some, self.partition, NORMAL)
+            lot = self.keys[len(vectors) : len(vectors) + LOT]
+            lookup = self.tiers.lookup_nowait(lot, self.partition, NORMAL)
             if lookup.missing:
                 return None
             self.tiers.count_lookup(lookup, self.partition)

@@ -64,19 +64,19 @@ class Memory:
         entries: list[Entry | None] = []
         missing: list[int] = []
         for address, digest in zip(keys.addresses, keys.digests, strict=True):
-            kept = find(address)
-            if kept is not None and kept.stored > expired:
-                entry = kept.entry
+            slot = find(address)
+            if slot is not None and slot.stored > expired:
+                entry = slot.entry
                 if (
                     entry.digest == digest
                     and len(entry.vector) == size
-                    and kept.stored >= not_before
+                    and slot.stored >= not_before
                 ):
                     if is_noted:
                         mark_used(address)
                     entries.append(entry)
                     continue
-            elif kept is not None:
+            elif slot is not None:
                 self._entries.pop(address)
             missing.append(len(entries))
             entries.append(None)
@@ -87,12 +87,12 @@ class Memory:
 
         None if they are not all here with these very vectors.
         """
-        kept = list(map(self._entries.peek, addresses))
-        if not kept or not all(map(is_, (one and one.entry.vector for one in kept), vectors)):
+        slots = list(map(self._entries.peek, addresses))
+        if not slots or not all(map(is_, (slot and slot.entry.vector for slot in slots), vectors)):
             return None
         if self._ttl_s is None:
             return math.inf
-        first = min(one.stored for one in kept if one is not None)
+        first = min(slot.stored for slot in slots if slot is not None)
         return None if first <= self._expired else first + self._ttl_s
 
     def note(self, addresses: Iterable[bytes]) -> None:
@@ -112,11 +112,12 @@ class Memory:
         """
         if len(entry.vector) + _OVERHEAD > self._entries.max_size:
             return
-        known = self._entries.peek(address)
-        if known is not None:
-            if stored is not None and stored < known.stored and entry.digest == known.entry.digest:
+        previous = self._entries.peek(address)
+        if previous is not None:
+            is_same = entry.digest == previous.entry.digest
+            if is_same and stored is not None and stored < previous.stored:
                 return
-            if known.entry != entry:
+            if previous.entry != entry:
                 self.epoch += 1
         elif self._evicted and self._evicted.pop(address, _content(entry)) != _content(entry):
             self.epoch += 1
@@ -128,15 +129,15 @@ class Memory:
         self._evicted.clear()
         self.epoch += 1
 
-    def _note_evicted(self, address: bytes, kept: _MemoryEntry) -> None:
+    def _note_evicted(self, address: bytes, slot: _MemoryEntry) -> None:
         if len(self._evicted) >= _MAX_EVICTED:
             self._evicted.clear()
             self.epoch += 1
-        self._evicted[address] = _content(kept.entry)
+        self._evicted[address] = _content(slot.entry)
 
 
-def _size(_: bytes, kept: _MemoryEntry) -> int:
-    return len(kept.entry.vector) + _OVERHEAD
+def _size(_: bytes, slot: _MemoryEntry) -> int:
+    return len(slot.entry.vector) + _OVERHEAD
 
 
 def _content(entry: Entry) -> int:

@@ -37,11 +37,11 @@ def make_folder(folder: Path) -> None:
     So are those above it that are not there: whoever can change one of them can put another folder
     in the place of this one. (`parents` of Path.mkdir leaves their modes to the umask.)
     """
-    missing = [folder]
-    while not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
-    for one in reversed(missing):
-        one.mkdir(exist_ok=True, mode=FOLDER_MODE)
+    folders = [folder]
+    while not folders[-1].parent.exists():
+        folders.append(folders[-1].parent)
+    for path in reversed(folders):
+        path.mkdir(exist_ok=True, mode=FOLDER_MODE)
 
 
 def create(path: Path) -> None:
@@ -101,7 +101,7 @@ def secure(directory: Path) -> None:
 def _own(directory: Path) -> Iterator[Path]:
     """Yield the files and folders of the proxy in a cache directory, folders first."""
     try:
-        entries = [one for one in os.scandir(directory) if _OWN_NAMES.match(one.name)]
+        entries = [entry for entry in os.scandir(directory) if _OWN_NAMES.match(entry.name)]
     except OSError:
         return
     for entry in entries:

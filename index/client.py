@@ -54,9 +54,9 @@ log = logging.getLogger("embedding_proxy.qdrant")
 _CALLS_BEFORE_GROWTH = 16
 DEFAULT_PORT = 6333
 METADATA = (1, 16)
-"""From which on a collection keeps its metadata: whose vectors it holds."""
+"""The first version whose collections keep metadata: the provenance of their vectors."""
 INSERT_ONLY = (1, 17)
-"""From which on a write can leave alone what is there."""
+"""The first version with writes that leave existing points unchanged."""
 
 
 _calls: ContextVar[Call] = ContextVar("calls", default=NO_CALL)
@@ -74,15 +74,15 @@ def _action(method: str, path: str) -> str:
     >>> _action("PUT", "/collections/docs/points"), _action("GET", "/collections/docs")
     ('writing points to docs', 'reading the configuration of docs')
     """
-    _, found, rest = path.partition("/collections/")
+    _, separator, rest = path.partition("/collections/")
     name, _, what = rest.partition("/")
-    if not found:
+    if not separator:
         ends = {
             "/collections": "listing collections",
             "/aliases": "reading aliases",
             "/": "reading the version",
         }
-        return next((ends[one] for one in ends if path.endswith(one)), f"{method} {path}")
+        return next((ends[end] for end in ends if path.endswith(end)), f"{method} {path}")
     if rest == "aliases" and method == "POST":
         return "changing aliases"
     if what in _READS:
@@ -142,11 +142,11 @@ class Connection:
 
     @property
     def embedded(self) -> bool:
-        """Whether it is a folder: without payload indexes, quantization, or other processes."""
+        """Whether it is a folder: no payload indexes, no quantization, one process only."""
         return self._path is not None
 
     async def __aenter__(self) -> Self:
-        """Open the client; a server is not asked for anything yet, a folder is read.
+        """Open the client. A folder is read; a server gets no request yet.
 
         Raises QdrantFailure: Denied if the variable of the key is empty, NotInstalled, InUse,
         UntrustedCertificate if the file of the CA cannot be used.
@@ -176,7 +176,7 @@ class Connection:
 
     def _network(self) -> dict[str, object]:
         """Return the client's options of a server. Raises UntrustedCertificate for `ca_file`."""
-        # The certificates take some 50 ms to read, in which nobody else is served.
+        # Reading the certificates blocks the event loop for about 50 ms.
         verify: ssl.SSLContext | bool = not str(self._url).lower().startswith("http:")
         options: dict[str, object] = {}
         if verify and self._ca_file is not None:
@@ -196,7 +196,7 @@ class Connection:
         await self.close()
 
     async def close(self) -> None:
-        """Close the client; the folder is free for others then."""
+        """Close the client. Other processes can then open the folder."""
         client, self._client = self._client, None
         if self._thread is None:
             if client is not None:
@@ -211,7 +211,7 @@ class Connection:
                     runner.run(client.close())
                 runner.close()
 
-        # Whoever is called off meanwhile must not leave the folder locked.
+        # A cancellation meanwhile must not leave the folder locked.
         ending = asyncio.get_running_loop().run_in_executor(thread, end)
         try:
             await asyncio.shield(ending)
@@ -225,11 +225,11 @@ class Connection:
         *,
         doing: str = "",
     ) -> T:
-        """Return what the client's call gives. Raises QdrantFailure.
+        """Return the result of a call of the client. Raises QdrantFailure.
 
-        `payloads` are sent by the call. The failure repeats no text of theirs: its message goes to
-        the log, the status and the outbox. `doing` is what the call does, in words, for where it
-        goes by gRPC; over HTTP its method and path tell.
+        `payloads` are those that the call sends. A failure quotes none of their texts, because its
+        message goes to the log, the status and the outbox. `doing` describes the call in words, for
+        gRPC; over HTTP the method and path do.
         """
         client = self._client
         if client is None:
@@ -249,12 +249,14 @@ class Connection:
             _calls.reset(token)
 
     def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
-        """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
+        """Return a failure as one of ours. Its message holds no key, which a gateway may repeat."""
         call = _calls.get()
         failure = translated(error, self._place, call)
         if isinstance(failure, QdrantFailure):
             # The collection's name may be that of the model, which is in each payload.
-            texts = (text for one in payloads for text in _texts(one) if text not in call.doing)
+            texts = (
+                text for payload in payloads for text in _texts(payload) if text not in call.doing
+            )
             message = self._redactor.redact_text(str(failure))
             failure.args = (QuotedInputs(texts).hide(message),)
         return failure
@@ -277,7 +279,7 @@ class Connection:
     def _open_folder(self) -> None:
         _load()
         if self._path is not None:
-            # The texts lie in it, in files that the client makes as the umask says.
+            # The folder holds texts, and the client makes its files with the mode of the umask.
             private_files.make_folder(self._path)
         self._client = self._make(path=str(self._path))
         self._runner = asyncio.Runner()
@@ -291,7 +293,7 @@ class Connection:
 
 
 class BatchSize:
-    """How many items a call may have: it halves when a call is too large, and remembers that."""
+    """The largest number of items in a call. It halves when a call is too large."""
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
@@ -300,10 +302,10 @@ class BatchSize:
         self._calls = 0
 
     def shrink(self, items: int, error: QdrantFailure) -> None:
-        """Learn that a call of so many items was too large, or may have been.
+        """Reduce the size after a call of `items` that was too large, or may have been.
 
-        A cut connection may have other reasons: after _CALLS_BEFORE_GROWTH calls larger ones are
-        tried again. What the server itself says is kept.
+        A cut connection may have other reasons, so after _CALLS_BEFORE_GROWTH calls the size grows
+        again. A limit that the server itself names stays.
         """
         self.max_items, self._calls = max(1, items // 2), 0
         if isinstance(error, TooLarge):
@@ -312,7 +314,7 @@ class BatchSize:
             self._limit = self.max_items
 
     def grow(self) -> None:
-        """Learn that a call has succeeded."""
+        """Count a call that succeeded; the size may grow again."""
         self._calls += 1
         if self._calls >= _CALLS_BEFORE_GROWTH and self.max_items < self._limit:
             self.max_items, self._calls = min(self._limit, 2 * self.max_items), 0
@@ -344,13 +346,13 @@ def _texts(payload: object) -> Iterator[str]:
     """Yield the texts in a payload, however deep."""
     values = [payload]
     while values:
-        one = values.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, Mapping):
-            values += one.values()
-        elif isinstance(one, list):
-            values += one
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
 def _load() -> None:
@@ -362,43 +364,50 @@ def _load() -> None:
 
 
 async def version(qdrant: Connection) -> tuple[int, int] | None:
-    """Return a server's version; None for a folder, and for what does not say.
+    """Return a server's version; None for a folder, and if the answer names no version.
 
-    What stands before a server and answers only for its collections says nothing. Raises
-    QdrantFailure.
+    A gateway that forwards only calls about collections names none. Raises QdrantFailure.
     """
     if qdrant.embedded:
         return None
     try:
-        told = await qdrant.ask(lambda client: client.info())
+        info = await qdrant.ask(lambda client: client.info())
     except (Rejected, WrongAddress):
         return None
-    found = re.match(r"v?(\d+)\.(\d+)", told.version)
-    return (int(found[1]), int(found[2])) if found else None
+    numbers = re.match(r"v?(\d+)\.(\d+)", info.version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else None
 
 
 async def no_metadata(qdrant: Connection) -> str | None:
-    """Say that a server keeps no metadata of collections; None if it does. Raises QdrantFailure."""
-    found = await version(qdrant)
-    if found is None or found >= METADATA:
+    """Return why a server cannot keep metadata of collections; None if it can.
+
+    Raises QdrantFailure.
+    """
+    server_version = await version(qdrant)
+    if server_version is None or server_version >= METADATA:
         return None
     return (
-        f"Qdrant at {qdrant} is {_dotted(found)}, which does not keep whose vectors a collection"
-        f" holds: use {_dotted(METADATA)} or later, or set index.qdrant.adopt_unlabeled: true and"
-        " see to it yourself that no two models share a collection"
+        f"Qdrant at {qdrant} is {_dotted(server_version)}, which does not keep whose vectors a"
+        f" collection holds: use {_dotted(METADATA)} or later, or set"
+        " index.qdrant.adopt_unlabeled: true and see to it yourself that no two models share a"
+        " collection"
     )
 
 
 async def no_insert_only(qdrant: Connection) -> str | None:
-    """Say that a server cannot leave alone what is there; None if it can. Raises QdrantFailure."""
-    found = await version(qdrant)
-    if found is None or found >= INSERT_ONLY:
+    """Return why a server cannot leave existing points unchanged; None if it can.
+
+    Raises QdrantFailure.
+    """
+    server_version = await version(qdrant)
+    if server_version is None or server_version >= INSERT_ONLY:
         return None
     return (
-        f"Qdrant at {qdrant} is {_dotted(found)}: before {_dotted(INSERT_ONLY)} a point that a"
-        " client writes to the new collection while the same one is carried may be overwritten"
+        f"Qdrant at {qdrant} is {_dotted(server_version)}: before {_dotted(INSERT_ONLY)} a point"
+        " that a client writes to the new collection while the same one is carried may be"
+        " overwritten"
     )
 
 
-def _dotted(found: tuple[int, int]) -> str:
-    return f"{found[0]}.{found[1]}"
+def _dotted(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]}.{numbers[1]}"

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedding_proxy.index")
 
 KEY = "embedding_proxy"
-"""Where in a collection's metadata its provenance is."""
+"""The key of the provenance in a collection's metadata."""
 VERSION = 1
-"""Of the layout of provenance and payloads."""
+"""The version of the layout of provenance and payloads."""
 LONGEST_NAME = 200
 """Characters of a collection's name; a server allows 255."""
 
 AnyConnection: TypeAlias = Connection | CollectionReader
-"""What can be asked: the second waits for what passes by itself."""
+"""A connection, or a reader, which also waits for passing failures to end."""
 Quantization: TypeAlias = Literal["scalar", "binary"]
 FieldType: TypeAlias = Literal[
     "keyword", "integer", "float", "bool", "geo", "datetime", "text", "uuid", "tenant"
@@ -51,7 +51,7 @@ _NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\s]')
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Whose vectors a collection holds. Two that differ in space or dimensions never mix."""
+    """Which vectors a collection holds. Vectors of two spaces or dimensions never mix."""
 
     space: str
     """The label of the space: the canonical model and the parameters that change the numbers."""
@@ -60,19 +60,19 @@ class Provenance:
     """How the input is made from a payload: a template as `{title} {tags}`; None = as it came."""
     version: int = VERSION
     origin: str | None = None
-    """The collection whose place this one takes since a migration, or a chain of them."""
+    """The collection that this one replaces, after one migration or several."""
 
     def __post_init__(self) -> None:
-        """Take a label that an earlier version wrote for the one of the same space today."""
+        """Replace a label of an earlier version by the present label of the space."""
         object.__setattr__(self, "space", current_label(self.space))
 
     def as_metadata(self) -> dict[str, object]:
-        """Return it as the metadata of a new collection, with an id of its own."""
-        told = {key: value for key, value in asdict(self).items() if key != "origin" or value}
-        return {KEY: {**told, "id": uuid4().hex}}
+        """Return the metadata of a new collection, with a new id."""
+        fields = {key: value for key, value in asdict(self).items() if key != "origin" or value}
+        return {KEY: {**fields, "id": uuid4().hex}}
 
     def is_comparable(self, other: "Provenance") -> bool:
-        """Tell whether vectors of both may stand in one collection."""
+        """Tell whether vectors of both can be in one collection."""
         return (self.space, self.dimensions) == (other.space, other.dimensions)
 
     def __str__(self) -> str:
@@ -84,12 +84,12 @@ class CollectionOptions:
     """How new collections are made."""
 
     on_disk: bool = False
-    """Whether the vectors stay on disk, and memory holds what is in use."""
+    """Whether the vectors are on disk, and only those in use are in memory."""
     quantization: Quantization | None = None
     payload_indexes: Mapping[str, FieldType] = field(default_factory=dict)
-    """Fields of the payload that are filtered by, and their types."""
+    """The indexed fields of the payload, and their types."""
     adopt: bool = False
-    """Whether a collection of the right width that says nothing of its space is taken for ours."""
+    """Whether a collection of the right width without provenance is used as ours."""
     vector_name: str = ""
     """The name of our vector among those of a point; "" is the unnamed one."""
     sparse_vectors: Mapping[str, SparseModifier] = field(default_factory=dict)
@@ -101,10 +101,10 @@ class CollectionOptions:
 
 
 def name_of(model: str, dimensions: int, *, parameters: str = "", prefix: str = "") -> str:
-    """Return what the collection of a space is called: `{prefix}{model}-{dimensions}`.
+    """Return the name of a space's collection: `{prefix}{model}-{dimensions}`.
 
-    What may stand in no name becomes an underscore. `parameters` are those of the space, if any:
-    with them it is another space, and has a collection of its own, named by their digest too.
+    Characters that no name may have become underscores. `parameters` are those of the space. A
+    space with parameters has a separate collection, whose name ends in a digest of them.
 
     >>> name_of("text-embedding-3-small", 256, prefix="my_")
     'my_text-embedding-3-small-256'
@@ -119,16 +119,16 @@ def name_of(model: str, dimensions: int, *, parameters: str = "", prefix: str = 
 
 
 def not_in_names(text: str) -> str:
-    """Return the first character that Qdrant allows in no name; an empty string if all are fine."""
-    found = _NOT_IN_NAMES.search(text)
-    return found[0] if found else ""
+    """Return the first character that Qdrant allows in no name; empty if there is none."""
+    match = _NOT_IN_NAMES.search(text)
+    return match[0] if match else ""
 
 
 class CollectionNames:
-    """The names `{prefix}{model}-{dimensions}`, and the collections that they stand for now.
+    """The names `{prefix}{model}-{dimensions}`, and the collections that they mean now.
 
-    A migration puts another collection in the place of one of these, and lets aliases point to it.
-    From then on it is the one for the vectors that it holds.
+    A migration replaces one of these collections by another one, to which aliases then point. From
+    then on, vectors of the new collection's space go there.
     """
 
     def __init__(self, models: Iterable[str] = (), prefix: str = "") -> None:
@@ -138,31 +138,31 @@ class CollectionNames:
         self._successors: list[tuple[str, Provenance]] = []
 
     def is_own(self, name: str) -> bool:
-        """Tell whether a name is one of these."""
+        """Tell whether a name has this form."""
         return self._own.fullmatch(name) is not None
 
-    async def locate(self, qdrant: AnyConnection, name: str, wanted: Provenance) -> str:
-        """Return the collection that these vectors are to be in, for `name`. Raises QdrantFailure.
+    async def locate(self, qdrant: AnyConnection, name: str, provenance: Provenance) -> str:
+        """Return the collection for vectors of a provenance. Raises QdrantFailure.
 
-        Any other name stands for itself. A name that has become an alias of a migrated collection
-        with vectors of another space stands for a collection of its own, `{name}-2`.
+        A name of another form means itself. A name that has become an alias of a migrated
+        collection with vectors of another space means the separate collection `{name}-2`.
         """
         if not self.is_own(name):
             return name
         aliases = await self._look(qdrant)
-        for real, found in self._successors:
-            if found.is_comparable(wanted):
+        for real, actual in self._successors:
+            if actual.is_comparable(provenance):
                 return real
         is_taken = aliases.get(name) in {real for real, _ in self._successors}
         return f"{name}-2" if is_taken else name
 
     async def is_replaced(self, qdrant: Connection, name: str) -> bool:
-        """Tell whether one of these names is an alias of a migrated collection."""
+        """Tell whether a name is an alias of a migrated collection."""
         aliases = await self._look(qdrant)
         return aliases.get(name) in {real for real, _ in self._successors}
 
     async def _look(self, qdrant: AnyConnection) -> dict[str, str]:
-        """Return the aliases; learn which collections took the place of one of ours."""
+        """Return the aliases, and update the collections that replace one of ours."""
         try:
             aliases = await collection_aliases(qdrant)
         except Denied:
@@ -171,28 +171,28 @@ class CollectionNames:
             # An alias goes with its collection, so nothing else has to be looked at again.
             self._successors = []
             for real in sorted({*aliases.values()}):
-                seen = None
+                contents = None
                 with contextlib.suppress(Denied):
-                    seen = await look(qdrant, real)
-                found = None if seen is None else seen[1]
-                origin = origin_of(real, found)
-                if found is not None and origin != real and self.is_own(origin):
-                    self._successors.append((real, found))
+                    contents = await look(qdrant, real)
+                provenance = None if contents is None else contents[1]
+                origin = origin_of(real, provenance)
+                if provenance is not None and origin != real and self.is_own(origin):
+                    self._successors.append((real, provenance))
             self._aliases = aliases
         return aliases
 
 
 async def ensure(
-    qdrant: Connection, name: str, wanted: Provenance, options: CollectionOptions | None = None
+    qdrant: Connection, name: str, provenance: Provenance, options: CollectionOptions | None = None
 ) -> CollectionState:
-    """Make the collection unless it is there, and see that it is one of these vectors.
+    """Make the collection unless it exists, and check that it holds vectors of this provenance.
 
-    Returns what it is. `name` may be an alias. Raises QdrantFailure; OtherSpace if the collection
+    Returns its state. `name` may be an alias. Raises QdrantFailure; OtherSpace if the collection
     holds vectors of another space or width, or does not say which.
     """
     options = options or CollectionOptions()
     info = await _info(qdrant, name)
-    is_new = info is None and await _make(qdrant, name, wanted, options)
+    is_new = info is None and await _make(qdrant, name, provenance, options)
     if info is None:
         info = await _info(qdrant, name)
     if info is None:
@@ -200,21 +200,25 @@ async def ensure(
     if is_new:
         await index_payload(qdrant, name, options.payload_indexes)
         return CollectionState(identity_of(info), 0, is_new)
-    seen = (width_of(info, options.vector_name), provenance_of(info))
-    claim = conflict(name, seen, wanted, adopt=options.adopt, vector_name=options.vector_name)
+    contents = (width_of(info, options.vector_name), provenance_of(info))
+    claim = conflict(
+        name, contents, provenance, adopt=options.adopt, vector_name=options.vector_name
+    )
     if claim is not None:
         raise OtherSpace(claim)
     if provenance_of(info) is None:
         await qdrant.ask(
-            lambda client: client.update_collection(name, metadata=wanted.as_metadata())
+            lambda client: client.update_collection(name, metadata=provenance.as_metadata())
         )
     lacking = {
-        one: kind for one, kind in options.payload_indexes.items() if one not in info.payload_schema
+        field_name: kind
+        for field_name, kind in options.payload_indexes.items()
+        if field_name not in info.payload_schema
     }
     try:
         await index_payload(qdrant, name, lacking)
     except Denied as error:
-        # Searches do without an index; points must not wait for it.
+        # A search works without an index, so points must not wait for it.
         _tell_once(f"the payload of {name} is not indexed: {error}")
     return CollectionState(identity_of(info), info.points_count or 0)
 
@@ -225,11 +229,11 @@ def _tell_once(words: str) -> None:
 
 
 Look: TypeAlias = tuple[int, Provenance | None]
-"""A collection's width, 0 where it has no such single vector; and whose vectors it holds."""
+"""A collection's width, 0 if it has no such single vector; and its provenance, if it has one."""
 
 
 async def look(qdrant: AnyConnection, name: str, vector_name: str = "") -> Look | None:
-    """Return what a collection says of itself; None if there is none of that name.
+    """Return the width and provenance of a collection; None if there is none of that name.
 
     Raises QdrantFailure.
     """
@@ -238,16 +242,19 @@ async def look(qdrant: AnyConnection, name: str, vector_name: str = "") -> Look 
 
 
 async def state_of(qdrant: AnyConnection, name: str) -> CollectionState | None:
-    """Return what a collection is now; None if there is none of that name. Raises QdrantFailure."""
+    """Return the state of a collection; None if there is none of that name.
+
+    Raises QdrantFailure.
+    """
     info = await _info(qdrant, name)
     return None if info is None else CollectionState(identity_of(info), info.points_count or 0)
 
 
 def conflict(  # noqa: PLR0911 - one for each reason
-    name: str, seen: Look, wanted: Provenance, *, adopt: bool = False, vector_name: str = ""
+    name: str, contents: Look, expected: Provenance, *, adopt: bool = False, vector_name: str = ""
 ) -> str | None:
-    """Say why the vectors may not go into a collection; None if they may."""
-    width, found = seen
+    """Return why vectors may not go into a collection; None if they may."""
+    width, actual = contents
     if not width:
         if vector_name:
             return f"the collection {name} has no vector named {vector_name} (one for each point)"
@@ -255,41 +262,42 @@ def conflict(  # noqa: PLR0911 - one for each reason
             f"the collection {name} has named vectors or multivectors, and not one unnamed one; if"
             " one of them is for these, name it in index.qdrant.vector_name"
         )
-    if width != wanted.dimensions:
+    if width != expected.dimensions:
         return (
             f"the collection {name} holds vectors of {width} dimensions, and not of"
-            f" {wanted.dimensions}; name another collection"
+            f" {expected.dimensions}; name another collection"
         )
-    if found is None:
+    if actual is None:
         if adopt:
             return None
         return (
             f"the collection {name} does not say whose vectors it holds; if they are of"
-            f" {wanted.space}, set index.qdrant.adopt_unlabeled: true, else name another collection"
+            f" {expected.space}, set index.qdrant.adopt_unlabeled: true, else name another"
+            " collection"
         )
-    if not found.is_comparable(wanted):
+    if not actual.is_comparable(expected):
         return (
-            f"the collection {name} holds vectors of {found}, and not of {wanted}: they do not"
+            f"the collection {name} holds vectors of {actual}, and not of {expected}: they do not"
             " compare; name another collection"
         )
     return None
 
 
 def width_of(info: "CollectionInfo", vector_name: str = "") -> int:
-    """Return how wide the vectors of a name are; 0 if there is none, or many for each point."""
-    found: Any = info.config.params.vectors
-    vectors = found if isinstance(found, Mapping) else {"": found}
-    one = vectors.get(vector_name)
-    return 0 if one is None or one.multivector_config else int(one.size)
+    """Return the width of the vector of a name; 0 if there is none, or it is a multivector."""
+    params: Any = info.config.params.vectors
+    vectors = params if isinstance(params, Mapping) else {"": params}
+    vector = vectors.get(vector_name)
+    return 0 if vector is None or vector.multivector_config else int(vector.size)
 
 
 def provenance_of(info: "CollectionInfo") -> Provenance | None:
-    """Return whose vectors a collection says to hold; None if it does not say."""
-    said = (info.config.metadata or {}).get(KEY)
-    if not isinstance(said, Mapping):
+    """Return the provenance in a collection's metadata; None if it has none."""
+    metadata = (info.config.metadata or {}).get(KEY)
+    if not isinstance(metadata, Mapping):
         return None
-    space, dimensions, text = (said.get(one) for one in ("space", "dimensions", "text"))
-    version, origin = said.get("version"), said.get("origin")
+    space, dimensions, text = (metadata.get(key) for key in ("space", "dimensions", "text"))
+    version, origin = metadata.get("version"), metadata.get("origin")
     if not isinstance(space, str) or not isinstance(dimensions, int):
         return None
     return Provenance(
@@ -302,19 +310,19 @@ def provenance_of(info: "CollectionInfo") -> Provenance | None:
 
 
 def identity_of(info: "CollectionInfo") -> str:
-    """Return what tells a collection from one that is made anew under its name; "" if nothing."""
-    said = (info.config.metadata or {}).get(KEY)
-    found = said.get("id") if isinstance(said, Mapping) else None
-    return found if isinstance(found, str) else ""
+    """Return the id that differs in a later collection of the same name; "" if there is none."""
+    metadata = (info.config.metadata or {}).get(KEY)
+    identity = metadata.get("id") if isinstance(metadata, Mapping) else None
+    return identity if isinstance(identity, str) else ""
 
 
-def origin_of(name: str, found: Provenance | None) -> str:
-    """Return the collection whose place a collection took by migrations; itself without any.
+def origin_of(name: str, provenance: Provenance | None) -> str:
+    """Return the collection that this one replaces by migrations; itself without any.
 
-    What earlier versions migrated has that in its own name, `{origin}__{model}-{dimensions}`.
+    Earlier versions have the origin in the name, `{origin}__{model}-{dimensions}`.
     """
-    if found is not None and found.origin is not None:
-        return found.origin
+    if provenance is not None and provenance.origin is not None:
+        return provenance.origin
     return name.partition("__")[0] or name
 
 
@@ -325,34 +333,34 @@ async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, Fiel
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     keyword = models.KeywordIndexType.KEYWORD
-    for one, kind in fields.items():
+    for field_name, kind in fields.items():
         schema: Any = kind
         if kind == "tenant":
             schema = models.KeywordIndexParams(type=keyword, is_tenant=True)
         await qdrant.ask(
-            lambda client, one=one, schema=schema: client.create_payload_index(  # type: ignore[misc]
-                name, one, schema, wait=True
+            lambda client, field_name=field_name, schema=schema: client.create_payload_index(  # type: ignore[misc]
+                name, field_name, schema, wait=True
             )
         )
 
 
 async def collection_aliases(qdrant: AnyConnection) -> dict[str, str]:
-    """Return the collections that aliases lead to, by the aliases. Raises QdrantFailure."""
-    found = await qdrant.ask(lambda client: client.get_aliases())
-    return {one.alias_name: one.collection_name for one in found.aliases}
+    """Return the collection of each alias. Raises QdrantFailure."""
+    response = await qdrant.ask(lambda client: client.get_aliases())
+    return {alias.alias_name: alias.collection_name for alias in response.aliases}
 
 
 async def present_ids(qdrant: AnyConnection, name: str, ids: Sequence[int | str]) -> set[int | str]:
-    """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
+    """Return the ids that a collection has; none if it does not exist. Raises QdrantFailure."""
     if not ids:
         return set()
     try:
-        found = await qdrant.ask(
+        records = await qdrant.ask(
             lambda client: client.retrieve(name, list(ids), with_payload=False, with_vectors=False)
         )
     except Missing:
         return set()
-    return {one.id if isinstance(one.id, int) else str(one.id) for one in found}
+    return {record.id if isinstance(record.id, int) else str(record.id) for record in records}
 
 
 async def _info(qdrant: AnyConnection, name: str) -> "CollectionInfo | None":
@@ -366,7 +374,7 @@ async def _info(qdrant: AnyConnection, name: str) -> "CollectionInfo | None":
 
 
 async def _make(
-    qdrant: Connection, name: str, wanted: Provenance, options: CollectionOptions
+    qdrant: Connection, name: str, provenance: Provenance, options: CollectionOptions
 ) -> bool:
     """Make a collection; return False if another process was first."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
@@ -379,13 +387,13 @@ async def _make(
         binary = models.BinaryQuantizationConfig(always_ram=True)
         quantization = models.BinaryQuantization(binary=binary)
     vectors: Any = models.VectorParams(
-        size=wanted.dimensions, distance=models.Distance.COSINE, on_disk=options.on_disk or None
+        size=provenance.dimensions, distance=models.Distance.COSINE, on_disk=options.on_disk or None
     )
     if options.vector_name:
         vectors = {options.vector_name: vectors}
     sparse = {
-        one: models.SparseVectorParams(modifier=models.Modifier(kind))
-        for one, kind in options.sparse_vectors.items()
+        name_of_sparse: models.SparseVectorParams(modifier=models.Modifier(kind))
+        for name_of_sparse, kind in options.sparse_vectors.items()
     }
     hnsw: Any = dict(options.hnsw_config)
     optimizers: Any = dict(options.optimizers_config)
@@ -400,7 +408,7 @@ async def _make(
                 hnsw_config=models.HnswConfigDiff(**hnsw) if hnsw else None,
                 optimizers_config=models.OptimizersConfigDiff(**optimizers) if optimizers else None,
                 quantization_config=quantization,
-                metadata=wanted.as_metadata(),
+                metadata=provenance.as_metadata(),
             )
         )
     except Exists:
@@ -416,7 +424,7 @@ async def conflicts(
     collection: str | None = None,
     prefix: str = "",
 ) -> list[str]:
-    """Say what stands against writing; an empty list if nothing does. Raises QdrantFailure.
+    """Return why vectors cannot be written; an empty list if they can. Raises QdrantFailure.
 
     `spaces` are the labels of the models' spaces by the models' names. With a `collection` all
     vectors go there, and it must belong to one of them; else each model has collections of its own,
@@ -425,49 +433,51 @@ async def conflicts(
     lack = None if options.adopt else await no_metadata(qdrant)
     if lack is not None:
         return [lack]
-    found = await qdrant.ask(lambda client: client.get_collections())
+    response = await qdrant.ask(lambda client: client.get_collections())
     try:
         aliases = await collection_aliases(qdrant)
     except Denied:
         aliases = {}
-    names = {one.name for one in found.collections} | aliases.keys()
+    names = {description.name for description in response.collections} | aliases.keys()
     if collection is not None:
         if collection not in names:
             return []
         return await _conflicts(qdrant, collection, spaces, options)
-    against: list[str] = []
+    problems: list[str] = []
     own = CollectionNames(spaces, prefix)
     for model, space in spaces.items():
         head = name_of(model, 0, prefix=prefix)[:-1]
         for name in sorted(names):
             width = re.fullmatch(re.escape(head) + r"([1-9][0-9]*)", name)
-            seen = await look(qdrant, name, options.vector_name) if width else None
-            if width and seen:
-                wanted = Provenance(space, int(width[1]))
-                said = conflict(
-                    name, seen, wanted, adopt=options.adopt, vector_name=options.vector_name
+            contents = await look(qdrant, name, options.vector_name) if width else None
+            if width and contents:
+                expected = Provenance(space, int(width[1]))
+                problem = conflict(
+                    name, contents, expected, adopt=options.adopt, vector_name=options.vector_name
                 )
-                if said and not await own.is_replaced(qdrant, name):
-                    against.append(said)
-    return against
+                if problem and not await own.is_replaced(qdrant, name):
+                    problems.append(problem)
+    return problems
 
 
 async def _conflicts(
     qdrant: Connection, name: str, spaces: Mapping[str, str], options: CollectionOptions
 ) -> list[str]:
-    """Say what stands against every one of the spaces, if nothing may be written at all."""
-    seen = await look(qdrant, name, options.vector_name)
-    if seen is None:
+    """Return why no vector of any of the spaces can be written, if none can."""
+    contents = await look(qdrant, name, options.vector_name)
+    if contents is None:
         return []
-    width, found = seen
-    if found is None or not width:
-        wanted = Provenance("the models of this configuration", width)
-        said = conflict(name, seen, wanted, adopt=options.adopt, vector_name=options.vector_name)
-        return [said] if said else []
-    if found.space.partition("?")[0] in spaces.values():
+    width, actual = contents
+    if actual is None or not width:
+        expected = Provenance("the models of this configuration", width)
+        problem = conflict(
+            name, contents, expected, adopt=options.adopt, vector_name=options.vector_name
+        )
+        return [problem] if problem else []
+    if actual.space.partition("?")[0] in spaces.values():
         return []
-    said = (
-        f"the collection {name} holds vectors of {found}, and no model of the configuration is of"
+    problem = (
+        f"the collection {name} holds vectors of {actual}, and no model of the configuration is of"
         " that space: they do not compare; name another collection"
     )
-    return [said]
+    return [problem]

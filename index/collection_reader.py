@@ -1,8 +1,8 @@
 """Reads collections of Qdrant: in pages, by ids, or by similarity.
 
-What passes by itself (an outage, a limit) is waited out, up to some two minutes; everything raises
-QdrantFailure. A point's one vector that is asked for is bytes here, as everywhere in the program;
-its other vectors, named or sparse, come as they are.
+A reader waits for passing failures (an outage, a limit) to end, up to about two minutes. Everything
+raises QdrantFailure. The requested vector of a point is bytes, as everywhere in the program; its
+other vectors, named or sparse, are as the client returns them.
 
 A server scales the vectors of a cosine collection to length 1 when it stores them, in float32. They
 come back with other last bits if the model's vectors have length 1, and as other vectors if not.
@@ -34,7 +34,7 @@ T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.qdrant")
 
 MAX_TRIES = 8
-"""Of one call to Qdrant, in a row; with the waits between them some two minutes."""
+"""Attempts of one call in a row; with the waits between them about two minutes."""
 MIN_WAIT_S, MAX_WAIT_S = 0.5, 30.0
 
 PointId: TypeAlias = int | str
@@ -43,19 +43,19 @@ PointId: TypeAlias = int | str
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A point, with as much of it as was asked for."""
+    """A point, with the parts that were requested."""
 
     id: PointId
     payload: Mapping[str, Any]
     vector: Vector | None = None
-    """The one of the reader's name; None if there is none, or it was not asked for."""
+    """The vector of the reader's name; None if there is none, or it was not requested."""
     others: Mapping[str, Any] | None = None
     """Further vectors by their names."""
 
     def digest(self) -> bytes:
         """Return a digest of the payload; two with the same content have the same."""
-        told = json.dumps(self.payload, sort_keys=True, default=str)
-        return hashlib.blake2b(told.encode(), digest_size=16).digest()
+        content = json.dumps(self.payload, sort_keys=True, default=str)
+        return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
     def with_vector(self, new: Vector) -> "Point":
         """Return the same point with another vector."""
@@ -63,14 +63,14 @@ class Point:
 
 
 class Page(NamedTuple):
-    """Some points, and where the next ones begin; None after the last ones."""
+    """Some points, and the id where the next page begins; None after the last page."""
 
     points: Sequence[Point]
     after: PointId | None
 
 
 class CollectionReader:
-    """Reads the points of collections; of each the vector of this name."""
+    """Reads the points of collections, each with the vector of one name."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class CollectionReader:
     ) -> None:
         self.qdrant = qdrant
         self.vector_name = name
-        """"" is the unnamed one."""
+        """The name of the vector; "" for the unnamed one."""
         self._sleep = sleep
 
     async def ask(
@@ -90,13 +90,13 @@ class CollectionReader:
         *,
         doing: str = "",
     ) -> T:
-        """Ask Qdrant as `Connection.ask` does; what passes is waited for. Raises QdrantFailure."""
+        """Call Qdrant as `Connection.ask` does; retry passing failures. Raises QdrantFailure."""
         backoff = Backoff(MIN_WAIT_S, MAX_WAIT_S)
-        for tried in range(1, MAX_TRIES + 1):
+        for attempt in range(1, MAX_TRIES + 1):
             try:
                 return await self.qdrant.ask(work, payloads, doing=doing)
             except Unavailable as error:
-                if tried == MAX_TRIES or isinstance(error, InUse):
+                if attempt == MAX_TRIES or isinstance(error, InUse):
                     raise
                 wait_s = backoff.fail()
                 wait_s = min(MAX_WAIT_S, error.retry_after_s or wait_s)
@@ -109,68 +109,68 @@ class CollectionReader:
     ) -> AsyncIterator[Page]:
         """Yield the pages of a collection in the order of ids, each of 1…`size` points."""
         while True:
-            found, after = await self.ask(
+            records, after = await self.ask(
                 lambda client, offset=offset: client.scroll(  # type: ignore[misc]
                     collection, limit=size, offset=offset, with_payload=True, with_vectors=vectors
                 )
             )
             offset = _id(after)
-            if found:
-                yield Page([self._point(record) for record in found], offset)
+            if records:
+                yield Page([self._point(record) for record in records], offset)
             if offset is None:
                 return
 
     async def get_points(
         self, collection: str, ids: Sequence[PointId], *, vectors: bool = False
     ) -> dict[PointId, Point]:
-        """Return the points of these ids that are there."""
+        """Return the points of these ids that exist."""
         if not ids:
             return {}
-        found = await self.ask(
+        records = await self.ask(
             lambda client: client.retrieve(
                 collection, list(ids), with_payload=True, with_vectors=vectors
             )
         )
-        return {point.id: point for point in map(self._point, found)}
+        return {point.id: point for point in map(self._point, records)}
 
-    async def sample(self, collection: str, most: int) -> list[Point]:
+    async def sample(self, collection: str, count: int) -> list[Point]:
         """Return points drawn at random, with their vectors."""
         from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
         query = models.SampleQuery(sample=models.Sample.RANDOM)
-        found = await self.ask(
+        response = await self.ask(
             lambda client: client.query_points(
-                collection, query=query, limit=most, with_payload=True, with_vectors=True
+                collection, query=query, limit=count, with_payload=True, with_vectors=True
             )
         )
-        return [self._point(record) for record in found.points]
+        return [self._point(record) for record in response.points]
 
-    async def nearest(self, collection: str, to: Vector, most: int) -> list[Point]:
-        """Return what a search with this vector finds, the nearest first, with their vectors."""
+    async def nearest(self, collection: str, to: Vector, count: int) -> list[Point]:
+        """Return the points nearest to this vector, the nearest first, with their vectors."""
         (numbers,) = vector.stack([to]).tolist()
-        found = await self.ask(
+        response = await self.ask(
             lambda client: client.query_points(
                 collection,
                 query=numbers,
                 using=self.vector_name or None,
-                limit=most,
+                limit=count,
                 with_payload=False,
                 with_vectors=True,
             )
         )
-        return [self._point(record) for record in found.points]
+        return [self._point(record) for record in response.points]
 
     async def count(self, collection: str) -> int:
         """Return how many points there are, exactly."""
         return (await self.ask(lambda client: client.count(collection, exact=True))).count
 
     def _point(self, record: "Record | ScoredPoint") -> Point:
-        found: object = record.vector
+        vectors: object = record.vector
         others = None
-        if isinstance(found, Mapping):
-            others = {name: one for name, one in found.items() if name != self.vector_name}
-            found = found.get(self.vector_name)
-        numbers = vector.from_numbers(_floats(found)) if isinstance(found, Sequence) else None
+        if isinstance(vectors, Mapping):
+            others = {name: value for name, value in vectors.items() if name != self.vector_name}
+            vectors = vectors.get(self.vector_name)
+        numbers = vector.from_numbers(_floats(vectors)) if isinstance(vectors, Sequence) else None
         return Point(_id(record.id), record.payload or {}, numbers, others or None)
 
 
@@ -179,5 +179,5 @@ def _floats(numbers: Sequence[Any]) -> list[float]:
     return [math.nan if number is None else float(number) for number in numbers]
 
 
-def _id(found: object) -> Any:  # noqa: ANN401 - a number, a text, or None
-    return found if found is None or isinstance(found, int) else str(found)
+def _id(value: object) -> Any:  # noqa: ANN401 - a number, a text, or None
+    return value if value is None or isinstance(value, int) else str(value)

@@ -52,30 +52,30 @@ class Overloaded(Unavailable):
 
 
 class ServerFault(Unavailable):
-    """It failed in its own code (HTTP 500): perhaps over what it was sent."""
+    """It failed with HTTP 500, perhaps because of the points in the call."""
 
 
 class Disconnected(Unavailable):
-    """It, or what stands before it, cut the connection during a call: perhaps over its size."""
+    """The connection was cut during a call, perhaps because of the size of the call."""
 
 
 class LimitReached(Unavailable):
     """It takes no more points: its disk or memory is full, a limit is reached, it is read-only.
 
-    That is about no point in particular, and passes when somebody makes room.
+    No single point is the cause. It ends when somebody makes room.
     """
 
 
 class InUse(Unavailable):
-    """The folder of the embedded mode is open in another process, and only one may have it."""
+    """The folder of the embedded mode is open in another process; only one can open it."""
 
 
 class Denied(QdrantFailure):
-    """The key is missing, or is not allowed this: somebody has to change something."""
+    """The key is missing or lacks a right. Only a change of the configuration helps."""
 
 
 class UntrustedCertificate(QdrantFailure):
-    """The certificate of the server is not trusted: somebody has to change something."""
+    """The certificate of the server is not trusted. Only a change of the configuration helps."""
 
 
 class WrongAddress(QdrantFailure):
@@ -104,18 +104,18 @@ class Exists(Rejected):
 
 
 class OtherSpace(QdrantFailure):
-    """A collection holds vectors of another space or width, or of nobody knows which."""
+    """A collection holds vectors of another space or width, or of an unknown space."""
 
 
 class NotInstalled(QdrantFailure):
-    """The package that speaks with Qdrant is not installed; the message holds the command."""
+    """The client library of Qdrant is not installed; the message has the command."""
 
     def __init__(self) -> None:
         super().__init__("Qdrant needs more: pip install 'qdrant-client>=1.16'")
 
 
 class Unusable(QdrantFailure):
-    """The outbox cannot be opened, so nothing could be indexed."""
+    """The outbox cannot be opened, so nothing can be indexed."""
 
 
 _BY_STATUS: dict[int, type[QdrantFailure]] = {
@@ -152,7 +152,7 @@ NO_CALL = Call()
 
 
 def translated(error: Exception, place: str = "", call: Call = NO_CALL) -> Exception:  # noqa: PLR0911 - a table
-    """Return a failure in our words; an error of the caller's own code stays what it is.
+    """Return the QdrantFailure of an error; an error of the caller's own code is returned as it is.
 
     `place` is the host and port of the server, for a failure to reach it.
     """
@@ -190,11 +190,11 @@ def translated(error: Exception, place: str = "", call: Call = NO_CALL) -> Excep
 
 
 def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
-    """Return the failure of a call that got no answer: with the host, and what was being done."""
+    """Return the failure of a call without an answer; its message names host and call."""
     why, kind = _short(source), type(source).__name__
     whose = place or "Qdrant"
     during = f" while {doing}" if doing else ""
-    told = why if kind in why else f"{kind}: {why}" if why else kind
+    cause = why if kind in why else f"{kind}: {why}" if why else kind
     if "refused" in why.lower() or why == "All connection attempts failed":
         # The second is what the client says where a name has several addresses.
         return Unavailable(f"connection refused by {whose}{during}")
@@ -204,7 +204,7 @@ def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
             " name it in ca_file"
         )
     if kind in _CUT:
-        return Disconnected(f"the connection to {whose} was cut{during} ({told})")
+        return Disconnected(f"the connection to {whose} was cut{during} ({cause})")
     words = f"no answer from {whose}{during}"
     if _NO_TLS.search(why):
         words = f"{whose} does not speak TLS{during}: its url begins with http:"
@@ -212,24 +212,24 @@ def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
         words = f"no answer from {whose} in time{during}"
     elif kind == "ValidationError":
         words = f"the answer of {whose} is not one of Qdrant's{during}"
-    return Unavailable(f"{words} ({told})")
+    return Unavailable(f"{words} ({cause})")
 
 
 def _refusal(
     status: int, content: bytes, wait: str | None, place: str, call: Call
 ) -> QdrantFailure:
-    said = _said(content)
-    words = f"HTTP {status}: {said}"
-    if status == 404 and not said:
+    message = _said(content)
+    words = f"HTTP {status}: {message}"
+    if status == 404 and not message:
         return WrongAddress(
             f"HTTP 404 from {place or 'the server'} for {call.request or 'a call'}, and not in"
             " Qdrant's words: its url is that of something else, or has a path too much"
         )
-    if said is None:
+    if message is None:
         words = f"HTTP {status}: {_short(content.decode('utf-8', 'replace'))}"
-    found = _by_words(words, status)
-    if found is not None:
-        return found
+    failure = _by_words(words, status)
+    if failure is not None:
+        return failure
     if status in (401, 403):
         return Denied(
             f"the key is not accepted{f' for {call.doing}' if call.doing else ''}: {words}"
@@ -242,7 +242,7 @@ def _refusal(
 
 
 def _by_words(words: str, status: int = 0) -> QdrantFailure | None:
-    """Return the failure that Qdrant's words tell, whatever the status; None if they tell none."""
+    """Return the failure that Qdrant's message names, for any status; None if it names none."""
     exceeded = _EXCEEDED.search(words)
     if exceeded:
         return TooLarge(words, int(exceeded[1]))
@@ -260,14 +260,14 @@ def _by_words(words: str, status: int = 0) -> QdrantFailure | None:
 def _rpc_failure(error: Any, place: str, doing: str) -> QdrantFailure:  # noqa: ANN401 - grpc's
     """Return the failure of a call by gRPC, an AioRpcError."""
     code = error.code().name
-    said = _short(error.details() or "")
-    words = f"gRPC {code}: {said}"
+    details = _short(error.details() or "")
+    words = f"gRPC {code}: {details}"
     during = f" while {doing}" if doing else ""
-    found = _by_words(words)
-    if found is not None:
-        return found
-    if _CERTIFICATE.search(said):
-        return UntrustedCertificate(f"the certificate of {place} is not trusted{during}: {said}")
+    failure = _by_words(words)
+    if failure is not None:
+        return failure
+    if _CERTIFICATE.search(details):
+        return UntrustedCertificate(f"the certificate of {place} is not trusted{during}: {details}")
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return Denied(f"the key is not accepted{during}: {words}")
     kind = _BY_CODE.get(code)
@@ -277,13 +277,13 @@ def _rpc_failure(error: Any, place: str, doing: str) -> QdrantFailure:  # noqa: 
 
 
 def _said(content: bytes) -> str | None:
-    """Return what an error's body says, in one line; None if it is no body of Qdrant's."""
+    """Return the message of an error's body, in one line; None if the body is not Qdrant's."""
     try:
-        said = orjson.loads(content)["status"]["error"]
+        message = orjson.loads(content)["status"]["error"]
     except (ValueError, KeyError, TypeError):
         return None
-    return _short(said)
+    return _short(message)
 
 
-def _short(said: object) -> str:
-    return " ".join(str(said).split())[:_LONGEST]
+def _short(message: object) -> str:
+    return " ".join(str(message).split())[:_LONGEST]

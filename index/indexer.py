@@ -37,18 +37,19 @@ log = logging.getLogger("embedding_proxy.index")
 T = TypeVar("T")
 
 MAX_REMEMBERED = 1 << 18
-"""Ids that a process remembers, some 100 bytes each; then it forgets all and begins again."""
+"""Ids that a process remembers, about 100 bytes each. Beyond that it forgets all of them."""
 MEMORY_SECONDS = 3600.0
-"""For which a process remembers ids without asking the outbox."""
+"""How long a process remembers ids without reading the outbox."""
 _TARGET = 16
-"""As many ids as a target counts for: requests name collections, and each may have few points."""
+"""The ids that one target counts for: requests name collections, which may have few points each."""
 
 
 class Indexer:
     """An outbox in `folder` and its sender. Open it with `async with`.
 
-    Of several on one folder, whatever their processes, one sends. `on_open` is given the connection
-    before anything is sent, in the process that sends; it may raise to refuse the start.
+    Several indexers, in one process or several, can share a folder; one of them sends. In the
+    process that sends, `on_open` gets the connection before the first point is sent; it can raise
+    to refuse the start.
     """
 
     def __init__(  # noqa: PLR0913 - what it is made of
@@ -81,7 +82,7 @@ class Indexer:
         self._forgotten = self._renewed = 0
         self._backoff = Backoff(threshold=THRESHOLD)
         self.epoch = 0
-        """Changes whenever ids are forgotten: holders of a known point have to ask again."""
+        """Changes whenever ids are forgotten. A stored answer of an older epoch is not valid."""
         self.added = 0
         """Points that this process has put into the outbox."""
         self.dropped = 0
@@ -120,23 +121,23 @@ class Indexer:
             stack.push_async_callback(_end, asyncio.create_task(work))
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop sending; what waits is sent after the next start."""
+        """Stop sending. Pending points are sent after the next start."""
         await self._stack.aclose()
 
     @property
     def sending(self) -> bool:
-        """Whether this is the one that sends."""
+        """Whether this process sends."""
         return self._sender is not None and self._sender.sending
 
     def knows(self, target: Target, point: bytes) -> bool:
         """Tell whether a plain point is remembered as added."""
-        known = self._remembered.get(target)
-        return known is not None and point in known
+        ids = self._remembered.get(target)
+        return ids is not None and point in ids
 
     def knows_all(self, target: Target, points: Iterable[bytes]) -> bool:
-        """Tell the same of several points at once."""
-        known = self._remembered.get(target)
-        return known is not None and known.issuperset(points)
+        """Tell whether all of several plain points are remembered as added."""
+        ids = self._remembered.get(target)
+        return ids is not None and ids.issuperset(points)
 
     def _forget(self) -> None:
         self._remembered.clear()
@@ -148,32 +149,37 @@ class Indexer:
         When it returns they are on disk. Plain points are remembered by their ids.
         """
         # Of equal ids in one request the last counts.
-        wanted = {one.id: one for one in points}
-        if not wanted or self._sender is None:
+        points_by_id = {point.id: point for point in points}
+        if not points_by_id or self._sender is None:
             return
         if self._backoff.is_waiting:
-            self.dropped += len(wanted)
+            self.dropped += len(points_by_id)
             return
         try:
-            added = await self._on_disk(lambda outbox: outbox.add(target, list(wanted.values())))
+            added = await self._on_disk(
+                lambda outbox: outbox.add(target, list(points_by_id.values()))
+            )
         except OutboxFull as error:
-            self.dropped += len(wanted)
+            self.dropped += len(points_by_id)
             self._backoff.fail()
-            log.error("not indexed, %d points: the outbox is full: %s", len(wanted), error)  # noqa: TRY400
+            log.error("not indexed, %d points: the outbox is full: %s", len(points_by_id), error)  # noqa: TRY400
             return
         except FAILURES as error:
-            self.dropped += len(wanted)
+            self.dropped += len(points_by_id)
             self._backoff.fail()
-            log.warning("not indexed, %d points: the outbox fails: %s", len(wanted), error)
+            log.warning("not indexed, %d points: the outbox fails: %s", len(points_by_id), error)
             return
         except Exception:
-            self.dropped += len(wanted)
-            log.exception("not indexed, %d points", len(wanted))
+            self.dropped += len(points_by_id)
+            log.exception("not indexed, %d points", len(points_by_id))
             return
         self._backoff.succeed()
-        ids = [one.id for one in wanted.values() if one.plain]
+        ids = [point.id for point in points_by_id.values() if point.plain]
         if ids:
-            if sum(_TARGET + len(known) for known in self._remembered.values()) > MAX_REMEMBERED:
+            if (
+                sum(_TARGET + len(remembered) for remembered in self._remembered.values())
+                > MAX_REMEMBERED
+            ):
                 self._forget()
             self._remembered[target].update(ids)
         if added:
@@ -196,7 +202,7 @@ class Indexer:
             return self._own
 
     async def snapshot(self) -> dict[str, Any] | None:
-        """Return what has not arrived, and what this process did; None while it cannot be read."""
+        """Return backlog and counters of this process; None if the outbox cannot be read."""
         sender = self._sender
         if sender is None:
             return None
@@ -218,7 +224,7 @@ class Indexer:
         }
 
     def since_start(self) -> dict[str, int]:
-        """Return what this process did, by name; nothing before it is open."""
+        """Return the counters of this process by name; empty before it is open."""
         sender = self._sender
         if sender is None:
             return {}
@@ -253,9 +259,9 @@ class Indexer:
                 await self._call(outbox.close)
 
     async def _check_forgotten_forever(self) -> None:
-        """Forget the ids that another process found to be gone from Qdrant, and all once an hour.
+        """Forget all ids when another process has found points missing in Qdrant, and once an hour.
 
-        The outbox has the age of what is known, and says when it is to be written again.
+        The outbox knows the age of each id, and decides when a point is written again.
         """
         clock = asyncio.get_running_loop().time
         since = clock()

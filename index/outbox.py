@@ -56,9 +56,9 @@ JSON_A_BYTE = 5.5
 """Bytes of JSON that a byte of a vector becomes: a float32 is 4 bytes, and up to 22 characters."""
 
 MAX_KNOWN_AGE_S = 7 * 86_400.0
-"""Seconds after which a point that is known is written again by the next answer with it."""
+"""Seconds after which the next answer with a known point writes it again."""
 MIN_PAUSE_S, MAX_PAUSE_S = 60.0, 6 * 3600.0
-"""Between two tries of a dead letter; it doubles each time."""
+"""The wait between two attempts to send a dead letter; it doubles each time."""
 _PRUNED = 500
 """Entries of the journal that are dropped at a time, where there is no room for it."""
 
@@ -103,15 +103,18 @@ class Outbox:
 
     @property
     def renewed(self) -> int:
-        """How often this process opened another file: it lacks the ids of the former one."""
+        """How often this process opened a new file, which lacks the ids of the former one."""
         return self._file.renewed
 
     def guarded(self, work: "Callable[[Outbox], T]") -> T:
-        """Return the result of `work`; a damaged file is replaced, and the work repeated."""
+        """Return the result of `work`. A damaged file is replaced, and the work is repeated."""
         return self._file.guarded(lambda: work(self))
 
     def add(self, target: Target, points: Sequence[Point]) -> int:
-        """Add points that are new or not known, all or none; return how many. Raises OutboxFull."""
+        """Add the points that are new or not known, all or none. Raises OutboxFull.
+
+        Returns their number.
+        """
         number, now = self._number(target), time.time()
         if number is not None:
             points = [p for p in points if p.new or not self._is_known(number, p.id, now)]
@@ -156,7 +159,7 @@ class Outbox:
         return None if row is None else int(row[0])
 
     def _is_known(self, number: int, point: bytes, now: float) -> bool:
-        """Tell whether a plain point needs not be written again."""
+        """Tell whether a plain point need not be written again."""
         row = self._file.sql.execute(
             "SELECT 1 FROM known WHERE target = ? AND point = ? AND mark = 0 AND at > ?",
             (number, point, now - MAX_KNOWN_AGE_S),
@@ -185,7 +188,7 @@ class Outbox:
 
     @property
     def forgotten(self) -> int:
-        """How often ids were forgotten so far; holders of copies of the ids compare it."""
+        """How often ids were forgotten. Processes compare it to drop their copies of the ids."""
         row = self._file.sql.execute("SELECT forgotten FROM state").fetchone()
         return int(row[0])
 
@@ -199,8 +202,8 @@ class Outbox:
         return [Target(*row[:3]) for row in rows]
 
     def batch(self, target: Target, max_bytes: float, max_points: int) -> list[QueuedPoint]:
-        """Return a target's first points: one, and more up to `max_bytes` of JSON."""
-        found: list[QueuedPoint] = []
+        """Return a target's first points: at least one, and at most `max_bytes` of JSON."""
+        points: list[QueuedPoint] = []
         corrupt: list[QueuedPoint] = []
         size = 0.0
         rows = self._file.sql.execute(
@@ -209,30 +212,32 @@ class Outbox:
             (self._number(target),),
         )
         try:
-            for *row, known in rows:
-                one = QueuedPoint(*row)
-                sum_ = _sum(one.id, one.vector, one.payload, one.vectors)
-                if known is not None and known != sum_:
-                    corrupt.append(one)
+            for *row, checksum_ in rows:
+                point = QueuedPoint(*row)
+                sum_ = _sum(point.id, point.vector, point.payload, point.vectors)
+                if checksum_ is not None and checksum_ != sum_:
+                    corrupt.append(point)
                     continue
-                size += JSON_A_BYTE * len(one.vector) + len(one.payload) + len(one.vectors) + 100
-                if found and (size > max_bytes or len(found) >= max_points):
+                size += (
+                    JSON_A_BYTE * len(point.vector) + len(point.payload) + len(point.vectors) + 100
+                )
+                if points and (size > max_bytes or len(points) >= max_points):
                     break
-                found.append(one)
+                points.append(point)
         finally:
             rows.close()
         if corrupt:
             self._drop_corrupt(target, corrupt)
-        return found
+        return points
 
     def _drop_corrupt(self, target: Target, points: Sequence[QueuedPoint]) -> None:
         """Drop damaged points; the next answers with them add them again."""
         log.error("%d points that wait for Qdrant are damaged: not indexed", len(points))
         with self._file.change() as sql:
-            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
+            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((point.seq,) for point in points))
             sql.executemany(
                 "UPDATE known SET mark = 1 WHERE target = ? AND point = ?",
-                ((self._number(target), one.id) for one in points),
+                ((self._number(target), point.id) for point in points),
             )
             sql.execute(_FORGOTTEN)
         self.corrupt_points += len(points)
@@ -240,46 +245,46 @@ class Outbox:
     def ack(self, points: Iterable[QueuedPoint]) -> None:
         """Move points that Qdrant confirmed to the journal; later ones of the same ids stay."""
         with self._file.change() as sql:
-            for one in points:
+            for point in points:
                 row = sql.execute(
                     "DELETE FROM waiting WHERE seq = ? RETURNING target, point, payload,"
                     " coalesce(address, point), digest, coalesce(namespace, ''), vectors,"
                     " is_update",
-                    (one.seq,),
+                    (point.seq,),
                 ).fetchone()
                 if row is not None:
-                    target, point, payload, *rest = row
+                    target, id_, payload, *rest = row
                     sql.execute(
                         "UPDATE known SET payload = ?, address = ?, digest = ?, namespace = ?,"
                         " vectors = ?, is_update = ? WHERE target = ? AND point = ?",
-                        (zlib.compress(payload, 1), *rest, target, point),
+                        (zlib.compress(payload, 1), *rest, target, id_),
                     )
 
     def tidy(self) -> None:
-        """Shrink the file after an outage; for when no point is pending."""
+        """Shrink the file after an outage. Call it when no point is pending."""
         self._prune(20)
         self._file.incremental_vacuum()
 
     def move_to_dead_letters(self, points: Iterable[QueuedPoint], reason: str, now: float) -> None:
         """Move points that Qdrant rejects to the dead letters, until they are due again."""
         with self._file.change() as sql:
-            for one in points:
+            for point in points:
                 sql.execute(
                     f"INSERT OR REPLACE INTO dead (died, reason, due, {_WHOLE})"
                     " SELECT ?, ?, ? + min(?, ? * (1 << min(tries, 20))),"
                     f" {_WHOLE.removesuffix('tries')} tries + 1 FROM waiting WHERE seq = ?",
-                    (now, reason, now, MAX_PAUSE_S, MIN_PAUSE_S, one.seq),
+                    (now, reason, now, MAX_PAUSE_S, MIN_PAUSE_S, point.seq),
                 )
-                sql.execute("DELETE FROM waiting WHERE seq = ?", (one.seq,))
+                sql.execute("DELETE FROM waiting WHERE seq = ?", (point.seq,))
 
     def defer(self, points: Iterable[QueuedPoint]) -> None:
         """Move points to the end of the queue."""
         with self._file.change() as sql:
-            for one in points:
+            for point in points:
                 sql.execute(
                     f"INSERT OR REPLACE INTO waiting ({_WHOLE})"
                     f" SELECT {_WHOLE} FROM waiting WHERE seq = ?",
-                    (one.seq,),
+                    (point.seq,),
                 )
 
     def requeue_dead_letters(self, now: float = math.inf) -> int:
@@ -295,15 +300,15 @@ class Outbox:
             return sql.execute("DELETE FROM dead WHERE due <= ?", (now,)).rowcount
 
     def journal_targets(self) -> list[Target]:
-        """Return the targets of which the journal has points."""
+        """Return the targets with points in the journal."""
         rows = self._file.sql.execute(
             "SELECT collection, space, dimensions FROM target"
             " WHERE EXISTS (SELECT 1 FROM known WHERE known.target = target.id) ORDER BY id"
         )
         return [Target(*row) for row in rows]
 
-    def journal(self, target: Target, after: bytes, most: int) -> list[JournalEntry]:
-        """Return a target's first entries of the journal behind an id that are not pending."""
+    def journal(self, target: Target, after: bytes, limit: int) -> list[JournalEntry]:
+        """Return a target's first journal entries after an id, without pending ones."""
         rows = self._file.sql.execute(
             "SELECT point, coalesce(address, point), digest, coalesce(namespace, ''), payload,"
             " coalesce(vectors, x''), is_update FROM known"
@@ -312,19 +317,19 @@ class Outbox:
             " AND NOT EXISTS"
             " (SELECT 1 FROM dead WHERE target = known.target AND point = known.point)"
             " ORDER BY point LIMIT :most",
-            {"target": self._number(target), "after": after, "most": most},
+            {"target": self._number(target), "after": after, "most": limit},
         )
         return [JournalEntry(*row) for row in rows]
 
     def state(self, target: Target) -> CollectionState | None:
-        """Return what a target's collection was when it was last looked at, if it ever was."""
+        """Return the state of a target's collection at the last check, if there was one."""
         row = self._file.sql.execute(
             "SELECT identity, points FROM target WHERE id = ?", (self._number(target),)
         ).fetchone()
         return None if row is None or row[0] is None else CollectionState(*row)
 
     def note_state(self, target: Target, state: CollectionState) -> None:
-        """Note what a target's collection is."""
+        """Store the state of a target's collection."""
         with self._file.change() as sql:
             sql.execute(
                 "UPDATE target SET identity = ?, points = ? WHERE id = ?",
@@ -332,25 +337,25 @@ class Outbox:
             )
 
     def forget(self, target: Target, points: Iterable[bytes] | None = None) -> int:
-        """Let the next answers write points again, all of a target unless some are named.
+        """Let the next answers write points again: those named, or all of a target.
 
-        Pending points are written anyway. Returns how many that are.
+        Pending points are written anyway, and not counted. Returns the number of points.
         """
         number = self._number(target)
         with self._file.change() as sql:
-            one = (
+            statement = (
                 "UPDATE known SET mark = 1 WHERE target = ? AND mark = 0 AND NOT EXISTS"
                 " (SELECT 1 FROM waiting WHERE waiting.target = known.target"
                 "  AND waiting.point = known.point)"
             )
             if points is None:
-                gone = sql.execute(one, (number,)).rowcount
+                count = sql.execute(statement, (number,)).rowcount
             else:
                 rows = ((number, point) for point in points)
-                gone = sql.executemany(f"{one} AND point = ?", rows).rowcount
-            if gone > 0:
+                count = sql.executemany(f"{statement} AND point = ?", rows).rowcount
+            if count > 0:
                 sql.execute(_FORGOTTEN)
-            return max(gone, 0)
+            return max(count, 0)
 
     def backlog(self) -> Backlog:
         """Count the points that have not arrived."""
@@ -424,31 +429,31 @@ def select_entries(
     `tables` are PENDING or JOURNAL. A space without parameters matches those with parameters, too.
     Raises sqlite3.Error.
     """
-    given = {
+    criteria = {
         "namespace": namespace,
         "space": None if space is None else current_label(space),
         "address": address,
     }
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in criteria.items() if value is not None}
     # Points of an earlier version name their space with the values of its parameters.
     file.sql.create_function("current_label", 1, current_label, deterministic=True)
     condition = " AND ".join(_TERMS[name] for name in values) or "1"
-    found: list[OutboxEntry] = []
+    entries: list[OutboxEntry] = []
     for table in tables:
         rows = file.sql.execute(
             f"SELECT target, point, coalesce(address, point) FROM {table}"
             f" JOIN target ON target.id = target WHERE {condition}",
             values,
         )
-        found += [OutboxEntry(*row) for row in rows]
-    return found
+        entries += [OutboxEntry(*row) for row in rows]
+    return entries
 
 
 def remove_entries(file: OutboxFile, entries: Sequence[OutboxEntry]) -> None:
-    """Delete points, and that their ids are known. Raises sqlite3.Error, OSError."""
+    """Delete points and their journal entries. Raises sqlite3.Error, OSError."""
     if not entries:
         return
-    keys = [(one.target, one.point) for one in entries]
+    keys = [(entry.target, entry.point) for entry in entries]
     with file.change() as sql:
         # SQLite overwrites what it deletes.
         sql.execute("PRAGMA secure_delete = 1")

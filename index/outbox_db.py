@@ -24,7 +24,7 @@ log = logging.getLogger("embedding_proxy.index")
 
 FILE_NAME = "index-outbox.db"
 LOCK_TIMEOUT_SECONDS = 2.0
-"""The longest wait for another process that writes; a request may be waiting meanwhile."""
+"""The longest wait for another process that writes. A request may wait meanwhile."""
 
 _FREE_PAGES = 2048
 """Free pages of 4 KiB that the file keeps, and that one vacuum frees."""
@@ -45,7 +45,8 @@ CREATE TABLE IF NOT EXISTS dead (
 CREATE TABLE IF NOT EXISTS state (forgotten INTEGER);
 INSERT INTO state SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM state);
 """
-# Of files of version 1 it is known where the namespace and, unless a request named it, the id are.
+# In files of version 1 the namespace is in the payload, and the id is the address unless a request
+# named it.
 _SECOND = "".join(
     f"""
 ALTER TABLE {table} ADD COLUMN sum BLOB;
@@ -56,10 +57,10 @@ UPDATE {table} SET address = point,
 """
     for table in ("waiting", "dead")
 )
-# What is known becomes a journal: also when it was added, and what makes the point once more, given
-# its vector in the cache. `mark` is 0 where the next answer need not write the point again. Of a
-# collection there is what it was when it was last seen.
-# A default that is a constant changes no row, so a large file is brought up to date at once.
+# The table of known ids becomes a journal: it has the time at which a point was added, and all that
+# makes the point again, given its vector from the cache. `mark` is 0 if the next answer need not
+# write the point again. A target has the state of its collection at the last check.
+# A constant default changes no row, so a large file is upgraded at once.
 _THIRD = """
 ALTER TABLE waiting ADD COLUMN digest BLOB;
 ALTER TABLE waiting ADD COLUMN vectors BLOB;
@@ -86,7 +87,7 @@ ALTER TABLE target ADD COLUMN points INTEGER;
 class OutboxFile:
     """The file in `folder`, open. Use it from one thread. Everything raises sqlite3.Error, OSError.
 
-    `sql` is for reading; what changes something does so within `change`.
+    Use `sql` to read, and `change` for every change.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -148,7 +149,7 @@ class OutboxFile:
         """Tell whether an error means a damaged file, and not a passing failure."""
         if is_damage(error):
             return True
-        # What SQLite makes of a file that was cut short, as of a medium that fails.
+        # SQLite reports a truncated file with the same error as a failing medium.
         return str(error).startswith("disk I/O error") and _is_cut_short(self.path)
 
     def _renew(self, error: sqlite3.Error | None = None) -> None:
@@ -223,7 +224,7 @@ class ReadOnlyOutbox:
 
 
 def _is_cut_short(path: Path) -> bool:
-    """Tell whether a file has less pages than its own head says."""
+    """Tell whether a file has fewer pages than its header says."""
     try:
         with path.open("rb") as file:
             head = file.read(32)
@@ -239,7 +240,7 @@ def _prepared(path: Path) -> sqlite3.Connection:
     private_files.create(path)
     sql = sqlite3.connect(path, isolation_level=None, timeout=LOCK_TIMEOUT_SECONDS)
     try:
-        # Vectors leave gaps of whole pages, and the file shrinks again.
+        # Deleted vectors leave whole free pages, so the file can shrink.
         sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
         sql.execute("PRAGMA journal_mode = WAL")
         sql.execute("PRAGMA synchronous = NORMAL")
@@ -249,7 +250,7 @@ def _prepared(path: Path) -> sqlite3.Connection:
         third = _THIRD.format(now=time.time())
         steps = "".join((_LAYOUT, _SECOND, third)[version:])
         if steps:
-            # All or nothing, so that whoever is killed here begins again.
+            # In one transaction, so that an upgrade that was killed begins again.
             sql.executescript(f"BEGIN; {steps} PRAGMA user_version = {_VERSION}; COMMIT;")
     except BaseException:
         sql.close()

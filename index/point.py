@@ -14,7 +14,7 @@ MAX_ID = (1 << 64) - 1
 
 
 class Target(NamedTuple):
-    """A collection, and the vectors that may go into it."""
+    """A collection, and the space and dimensions of its vectors."""
 
     collection: str
     space: str
@@ -32,10 +32,10 @@ class Point:
     payload: bytes
     """A JSON object."""
     plain: bool
-    """Whether its content follows from its id: once it is written, an answer with it need not be
-    written again."""
+    """Whether its content follows from its id. Once it is written, the next answer with it need not
+    write it again."""
     new: bool
-    """Whether it goes to Qdrant even if it is plain, and known to be there."""
+    """Whether it is sent to Qdrant even if it is plain and known to be there."""
     address: bytes = b""
     """The cache address of the input; empty if it is the id."""
     namespace: str = ""
@@ -45,7 +45,7 @@ class Point:
     vectors: bytes = b""
     """Further vectors as a JSON object, by their names; empty if there are none."""
     is_update: bool = False
-    """Whether a point that is there keeps its other vectors and other fields of its payload."""
+    """Whether an existing point keeps its other vectors and other fields of its payload."""
 
 
 class QueuedPoint(NamedTuple):
@@ -66,7 +66,7 @@ class JournalEntry(NamedTuple):
     point: bytes
     address: bytes
     digest: bytes | None
-    """None if an earlier version added it; then there is no payload, either."""
+    """None if an earlier version added it. Then there is no payload either."""
     namespace: str
     compressed: bytes | None
     """Its payload."""
@@ -80,12 +80,12 @@ class JournalEntry(NamedTuple):
 
 
 class CollectionState(NamedTuple):
-    """What a collection is at some time; what somebody else did to it shows in a later one."""
+    """The state of a collection. A later one that differs shows what another program did to it."""
 
     identity: str
     """See `collection.identity_of`."""
     points: int
-    """About how many it has."""
+    """The approximate number of its points."""
     is_new: bool = False
     """Whether it was made just now."""
 
@@ -96,28 +96,28 @@ class Backlog(NamedTuple):
     points: int
     bytes: int
     oldest: float | None
-    """Since when the first of them waits, in seconds since 1970."""
+    """When the oldest of them was added, in seconds since 1970."""
     dead: int
     reasons: tuple[tuple[str, str, int], ...]
-    """Of the dead letters: collection, reason, and how many."""
+    """Of the dead letters: collection, reason, and number."""
 
     def refusals(self) -> list[dict[str, object]]:
-        """Return the reasons as they are shown."""
+        """Return the reasons as `/status` shows them."""
         return [
             {"collection": collection, "reason": reason, "points": count}
             for collection, reason, count in self.reasons
         ]
 
 
-def id_bytes(one: PointId) -> bytes:
+def id_bytes(id_: PointId) -> bytes:
     """Return an id as bytes: 16 of a UUID, 8 of a number.
 
     >>> id_of(id_bytes(7)), id_of(id_bytes(UUID(int=7)))
     (7, '00000000-0000-0000-0000-000000000007')
     """
-    return one.bytes if isinstance(one, UUID) else one.to_bytes(8, "big")
+    return id_.bytes if isinstance(id_, UUID) else id_.to_bytes(8, "big")
 
 
 def id_of(data: bytes) -> int | str:
-    """Return the id as Qdrant takes it."""
+    """Return the id in the form of Qdrant's client."""
     return str(UUID(bytes=data)) if len(data) == 16 else int.from_bytes(data, "big")

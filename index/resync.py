@@ -1,8 +1,8 @@
 """Compares the journal with Qdrant, and queues the points that are missing, with cached vectors.
 
-Somebody deleted points or a collection, or restored an old snapshot: the journal of the outbox has
-what makes the points anew, ids and payloads included, and the cache has their vectors. A point
-whose vector is not in the cache any more is indexed by the next answer with it.
+Points are missing if another program deleted them or their collection, or restored an old snapshot.
+The journal of the outbox has their ids and payloads, and the cache has their vectors. If the cache
+no longer has a vector, the next answer with it indexes the point.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,7 +16,7 @@ from .outbox import OnDisk, Outbox
 from .point import JournalEntry, Point, Target, id_of
 
 COMPARED = 1000
-"""Points whose presence is asked for in one call."""
+"""Points that one call looks up."""
 
 Lookup = Callable[[Sequence[JournalEntry], int], Sequence[Vector | None]]
 """Returns the vectors of entries at a width; None for those that are not in the cache."""
@@ -24,7 +24,7 @@ Lookup = Callable[[Sequence[JournalEntry], int], Sequence[Vector | None]]
 
 @dataclass(slots=True)
 class Comparison:
-    """What came of comparing one collection."""
+    """The result of the comparison of one collection."""
 
     collection: str
     missing: int = 0
@@ -32,9 +32,9 @@ class Comparison:
     queued: int = 0
     """Those that will be sent."""
     unknown: int = 0
-    """Those of which the cache has no vector, or the journal no payload."""
+    """Those without a vector in the cache, or a payload in the journal."""
     exists: bool = True
-    """Whether the collection is there; if not, it is compared only where it is named."""
+    """Whether the collection exists. A missing one is compared only if it is named."""
 
 
 async def resync(  # noqa: PLR0913 - by name
@@ -46,29 +46,29 @@ async def resync(  # noqa: PLR0913 - by name
     collection: str | None = None,
     dry_run: bool = False,
 ) -> AsyncIterator[Comparison]:
-    """Yield what came of each collection, or of the named one. Raises QdrantFailure, FAILURES.
+    """Yield the result of each collection, or of the named one. Raises QdrantFailure, FAILURES.
 
     `collection` is the name that answers are indexed under, or that of the collection they are in.
     """
     for target in await on_disk(Outbox.journal_targets):
-        wanted = Provenance(target.space, target.dimensions)
-        name = await names.locate(qdrant, target.collection, wanted)
+        provenance = Provenance(target.space, target.dimensions)
+        name = await names.locate(qdrant, target.collection, provenance)
         if collection not in (None, name, target.collection):
             continue
-        found = Comparison(name)
+        comparison = Comparison(name)
         if collection is None and await state_of(qdrant, name) is None:
-            # Somebody deleted it, and may have meant it.
-            found.exists = False
-            yield found
+            # Somebody deleted it, perhaps on purpose.
+            comparison.exists = False
+            yield comparison
             continue
-        async for gone in missing_points(qdrant, on_disk, target, name):
-            found.missing += len(gone)
-            points = list(_points(gone, lookup(gone, target.dimensions)))
-            found.queued += len(points)
-            found.unknown += len(gone) - len(points)
+        async for missing in missing_points(qdrant, on_disk, target, name):
+            comparison.missing += len(missing)
+            points = list(_points(missing, lookup(missing, target.dimensions)))
+            comparison.queued += len(points)
+            comparison.unknown += len(missing) - len(points)
             if not dry_run:
-                await on_disk(partial(_queue, target=target, gone=gone, points=points))
-        yield found
+                await on_disk(partial(_queue, target=target, missing=missing, points=points))
+        yield comparison
 
 
 def _points(entries: Sequence[JournalEntry], vectors: Sequence[Vector | None]) -> list[Point]:
@@ -95,9 +95,9 @@ def _points(entries: Sequence[JournalEntry], vectors: Sequence[Vector | None]) -
 
 
 def _queue(
-    outbox: Outbox, *, target: Target, gone: Sequence[JournalEntry], points: Sequence[Point]
+    outbox: Outbox, *, target: Target, missing: Sequence[JournalEntry], points: Sequence[Point]
 ) -> None:
-    outbox.forget(target, [one.point for one in gone])
+    outbox.forget(target, [entry.point for entry in missing])
     outbox.add(target, points)
 
 
@@ -114,7 +114,7 @@ async def missing_points(
         if not entries:
             return
         after = entries[-1].point
-        there = await present_ids(qdrant, name, [id_of(one.point) for one in entries])
-        gone = [one for one in entries if id_of(one.point) not in there]
-        if gone:
-            yield gone
+        ids = await present_ids(qdrant, name, [id_of(entry.point) for entry in entries])
+        missing = [entry for entry in entries if id_of(entry.point) not in ids]
+        if missing:
+            yield missing

@@ -25,20 +25,20 @@ class SearchHit:
 
     id: int | str
     score: float
-    """Its cosine, in collections that are made here."""
+    """The cosine, in collections that the proxy has made."""
     payload: Mapping[str, Any]
 
     @property
     def text(self) -> str | None:
-        """The text it was made of, where the payload holds it."""
-        found = self.payload.get("text")
-        return found if isinstance(found, str) else None
+        """The text of the point; None if the payload does not have it."""
+        text = self.payload.get("text")
+        return text if isinstance(text, str) else None
 
 
 async def search(  # noqa: PLR0913 - what is searched for, and where
     qdrant: Connection,
     name: str,
-    wanted: Provenance,
+    provenance: Provenance,
     query: Vector,
     *,
     limit: int,
@@ -51,23 +51,23 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     `name` may be an alias; `names` are the proxy's own, of which a migration may have replaced one.
     With `options.adopt` a collection that says nothing of its space is trusted. Raises
     QdrantFailure; Missing, and OtherSpace for a collection whose vectors compare with none of
-    `wanted`.
+    `provenance`.
     """
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-    name = await names.locate(qdrant, name, wanted)
-    # An alias may lead elsewhere from one call to the next; a collection's own name does not.
+    name = await names.locate(qdrant, name, provenance)
+    # An alias may change between two calls; a collection's own name does not.
     real = (await collection_aliases(qdrant)).get(name, name)
     vector_name = options.vector_name
-    seen = await look(qdrant, real, vector_name)
-    if seen is None:
+    contents = await look(qdrant, real, vector_name)
+    if contents is None:
         raise Missing(f"there is no collection {name}: nothing was indexed into it so far")
-    claim = conflict(name, seen, wanted, adopt=options.adopt, vector_name=vector_name)
+    claim = conflict(name, contents, provenance, adopt=options.adopt, vector_name=vector_name)
     if claim is not None:
         raise OtherSpace(claim)
     (numbers,) = vector.stack([query]).tolist()
     condition = None if where is None else models.Filter.model_validate(where)
-    found = await qdrant.ask(
+    response = await qdrant.ask(
         lambda client: client.query_points(
             real,
             query=numbers,
@@ -77,8 +77,8 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
             with_payload=True,
         )
     )
-    return [SearchHit(_id(one.id), one.score, one.payload or {}) for one in found.points]
+    return [SearchHit(_id(point.id), point.score, point.payload or {}) for point in response.points]
 
 
-def _id(one: object) -> int | str:
-    return one if isinstance(one, int) else str(one)
+def _id(value: object) -> int | str:
+    return value if isinstance(value, int) else str(value)

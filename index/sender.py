@@ -4,14 +4,16 @@ Each batch is written with `wait=True` and leaves the outbox only when Qdrant ha
 kill at any moment costs at most a repeated write of the same points. The collection is checked
 before each batch: it may be gone, or an alias may point to another one.
 
-The sender waits out what passes by itself (an outage, a limit), however long it takes; what one
-collection refuses holds up no other. It finds a rejected point by bisection of the batch and moves
-it to the dead letters, with the reason; they are tried again after growing pauses. Qdrant may have
-written a part of a batch that it rejects; both halves are sent, so all of them arrive. A point that
-makes the server fail (HTTP 500) goes to the end of the queue, alone.
+The sender waits for the end of passing failures (an outage, a limit), however long they last. A
+collection that refuses points delays no other. The sender finds a rejected point by bisection of
+the batch and moves it to the dead letters, with the reason; it tries dead letters again after
+growing pauses. Qdrant may have written a part of a batch that it rejects; both halves are sent, so
+all of them arrive. A point that makes the server fail (HTTP 500) goes to the end of the queue,
+alone.
 
-The sender also looks at the collections from time to time. If somebody made one anew, restored it
-or deleted points, the points that are gone are forgotten, and the next answers write them again.
+The sender also checks the collections regularly. If another program created a collection again,
+restored it or deleted points, the missing points are forgotten, and the next answers write them
+again.
 """
 
 import asyncio
@@ -66,19 +68,19 @@ log = logging.getLogger("embedding_proxy.index")
 TICK_SECONDS = 1.0
 """Interval of checks for points of other processes, and for a sender that has ended."""
 LOOK_SECONDS = 30.0
-"""Interval of looks at the collections, and at the dead letters."""
+"""Interval of the checks of collections and dead letters."""
 MAX_LOOKS = 50
-"""Collections in one interval; the next ones come in the next."""
+"""Collections that one interval checks; the next interval checks the following ones."""
 MIN_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 MAX_WAIT_S = 300.0
-"""The longest wait, whatever Qdrant asks for."""
+"""The longest wait, whatever Qdrant requests."""
 MAX_POINTS = 1000
 
 
 @dataclass(slots=True)
 class Counters:
-    """What this process has done."""
+    """The counters of this process."""
 
     sent: int = 0
     refused: int = 0
@@ -90,7 +92,7 @@ class Counters:
 
 @dataclass(slots=True)
 class _Queue:
-    """What the sender knows of one target."""
+    """The state of the sending to one target."""
 
     backoff: Backoff = field(default_factory=lambda: Backoff(MIN_PAUSE_S, MAX_PAUSE_S))
     size: BatchSize = field(default_factory=lambda: BatchSize(MAX_POINTS))
@@ -100,7 +102,7 @@ class _Queue:
 
 
 class Sender:
-    """Sends while it holds the lock in `folder`. `connect` makes a connection, not yet opened."""
+    """Sends while it holds the lock in `folder`. `connect` makes a connection that is not open."""
 
     def __init__(  # noqa: PLR0913 - what it is made of
         self,
@@ -130,9 +132,9 @@ class Sender:
         self._written: set[Target] = set()
         self._next_look = 0.0
         self._looked = 0
-        """Targets of the present round that were looked at."""
+        """The number of targets that the present round has checked."""
         self._failure: str | None = None
-        """Of all queues."""
+        """The present failure that concerns all queues."""
         self._is_halved = False
         """Whether the last batch failed, and the next one is smaller."""
         self.counters = Counters()
@@ -152,7 +154,7 @@ class Sender:
     async def take(self) -> Connection | None:
         """Become the sending process, and return the connection; None if another process is.
 
-        Raises QdrantFailure; this process is the sending one all the same.
+        Raises QdrantFailure; this process sends nevertheless.
         """
         if not self._holds_lock:
             try:
@@ -167,9 +169,9 @@ class Sender:
         return self._qdrant
 
     async def take_first(self) -> Connection | None:
-        """Return the connection at the start; None if it cannot be made yet, or is another's.
+        """Return the connection at the start; None if Qdrant is away or another process sends.
 
-        Raises QdrantFailure for what does not pass by itself.
+        Raises QdrantFailure for a lasting failure.
         """
         try:
             return await self.take()
@@ -195,14 +197,14 @@ class Sender:
                 continue
             except Unavailable as error:
                 # A halved batch need not wait long.
-                asked = MIN_PAUSE_S if self._is_halved else error.retry_after_s or None
-                pause = self._failed(error, None, asked)
+                retry_s = MIN_PAUSE_S if self._is_halved else error.retry_after_s or None
+                pause = self._failed(error, None, retry_s)
             except (Denied, UntrustedCertificate) as error:
                 pause = self._failed(error, None, MAX_PAUSE_S)
             except (QdrantFailure, *FAILURES) as error:
                 pause = self._failed(error, None)
             except Exception:
-                # Nobody awaits this task: if it ended, nothing would be sent any more.
+                # Nobody awaits this task. If it ended, no point would be sent any more.
                 log.exception("sending to Qdrant failed")
                 pause = MAX_PAUSE_S
             await self._sleep(pause)
@@ -210,9 +212,9 @@ class Sender:
     def _failed(
         self, error: BaseException, queue: _Queue | None, pause: float | None = None
     ) -> float:
-        """Note a failure, of one target's queue or of all; return the seconds to the next try.
+        """Record a failure of one target's queue or of all; return the seconds to the next attempt.
 
-        Unless `pause` says how long, they are more each time, and never quite the same.
+        Without `pause` they grow with each failure, with a random part.
         """
         backoff = self._backoff if queue is None else queue.backoff
         own = backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
@@ -229,14 +231,14 @@ class Sender:
         return pause
 
     def _succeeded(self, queue: _Queue) -> None:
-        """Note that a target's points were sent."""
+        """Record that points of a target were sent."""
         queue.backoff.succeed()
         self._recovered(queue.failure)
         queue.failure = None
         self._tell_failure()
 
     def _recovered(self, failure: str | None = None) -> None:
-        """Note that Qdrant answers; `failure` is that of the queue that it took points of."""
+        """Record that Qdrant answers. `failure` is the former one of the queue that was sent."""
         if self._failure is not None or failure is not None:
             log.info("Qdrant answers again")
         self._backoff.succeed()
@@ -244,7 +246,7 @@ class Sender:
         self._tell_failure()
 
     def _tell_failure(self) -> None:
-        failures = (one.failure for one in self._queues.values() if one.failure is not None)
+        failures = (queue.failure for queue in self._queues.values() if queue.failure is not None)
         self.counters.last_failure = next(failures, None)
 
     async def _idle(self, seconds: float) -> None:
@@ -253,7 +255,7 @@ class Sender:
                 await self.wake.wait()
 
     async def _step(self) -> float:
-        """Send a batch; return 0, or seconds after which there may be something to do."""
+        """Send a batch. Return the seconds to wait before the next one."""
         self.wake.clear()
         self._is_halved = False
         qdrant = await self.take()
@@ -264,10 +266,10 @@ class Sender:
             self._next_look = now + LOOK_SECONDS
             await self._on_disk(lambda outbox: outbox.requeue_dead_letters(self._clock()))
             pending = set(await self._on_disk(Outbox.targets))
-            known = await self._on_disk(Outbox.journal_targets)
+            journaled = await self._on_disk(Outbox.journal_targets)
             # The others are looked at when they are sent.
             await self._look(
-                qdrant, self._next_looked([one for one in known if one not in pending])
+                qdrant, self._next_looked([target for target in journaled if target not in pending])
             )
         targets = await self._on_disk(Outbox.targets)
         if not targets:
@@ -275,15 +277,15 @@ class Sender:
             self._written.clear()
             await self._on_disk(Outbox.tidy)
             return TICK_SECONDS
-        ready = [one for one in targets if self._queues[one].paused_until <= now]
+        ready = [target for target in targets if self._queues[target].paused_until <= now]
         if ready:
             await self._send_from(qdrant, ready[0])
         else:
-            await self._wait_for(min((self._queues[one] for one in targets), key=_due))
+            await self._wait_for(min((self._queues[target] for target in targets), key=_due))
         return 0
 
     async def _send_from(self, qdrant: Connection, target: Target) -> None:
-        """Send a batch of a target; what only its collection refuses pauses it alone."""
+        """Send a batch of a target. A refusal of its collection pauses this target only."""
         queue = self._queues[target]
         limits = (self._max_bytes, queue.size.max_items)
         batch = await self._on_disk(lambda outbox: outbox.batch(target, *limits))
@@ -291,8 +293,8 @@ class Sender:
             if batch:
                 await self._send(qdrant, target, batch)
         except (Denied, LimitReached, Overloaded) as error:
-            asked = MAX_PAUSE_S if isinstance(error, Denied) else error.retry_after_s or None
-            pause = self._failed(error, queue, asked)
+            retry_s = MAX_PAUSE_S if isinstance(error, Denied) else error.retry_after_s or None
+            pause = self._failed(error, queue, retry_s)
             queue.paused_until = asyncio.get_running_loop().time() + pause
             return
         self._written.add(target)
@@ -313,10 +315,10 @@ class Sender:
 
     async def _send(self, qdrant: Connection, target: Target, batch: Sequence[QueuedPoint]) -> None:
         """Write points and acknowledge them. Raises QdrantFailure for a passing failure."""
-        wanted = Provenance(target.space, target.dimensions)
+        provenance = Provenance(target.space, target.dimensions)
         try:
-            name = await self._names.locate(qdrant, target.collection, wanted)
-            state = await ensure(qdrant, name, wanted, self._collection_options)
+            name = await self._names.locate(qdrant, target.collection, provenance)
+            state = await ensure(qdrant, name, provenance, self._collection_options)
         except Missing as error:
             raise Unavailable(str(error)) from error
         except (OtherSpace, Rejected) as error:
@@ -364,18 +366,18 @@ class Sender:
         self.counters.refused += len(batch)
 
     def _next_looked(self, targets: Sequence[Target]) -> Sequence[Target]:
-        """Return those of the targets whose turn it is: tenants may have a collection each."""
+        """Return the next targets to check: there may be a collection for each tenant."""
         start = self._looked if self._looked < len(targets) else 0
         self._looked = start + MAX_LOOKS
         return targets[start : self._looked]
 
     async def _look(self, qdrant: Connection, targets: Iterable[Target]) -> None:
-        """Notice what somebody else did to collections. Raises QdrantFailure for an outage."""
+        """Detect changes of collections by other programs. Raises QdrantFailure for an outage."""
         is_asked = False
         for target in targets:
-            wanted = Provenance(target.space, target.dimensions)
+            provenance = Provenance(target.space, target.dimensions)
             with contextlib.suppress(Denied, Rejected, Overloaded, LimitReached):
-                name = await self._names.locate(qdrant, target.collection, wanted)
+                name = await self._names.locate(qdrant, target.collection, provenance)
                 state = await state_of(qdrant, name)
                 await self._notice_losses(qdrant, target, name, state)
                 is_asked = True
@@ -385,14 +387,14 @@ class Sender:
     async def _notice_losses(
         self, qdrant: Connection, target: Target, name: str, state: CollectionState | None
     ) -> None:
-        """Forget the points that a collection has lost since it was last looked at."""
+        """Forget the points that a collection has lost since the last check."""
         before = await self._on_disk(lambda outbox: outbox.state(target))
         lost = 0
         if state is None or state.is_new or (before and before.identity != state.identity):
             lost = await self._on_disk(lambda outbox: outbox.forget(target))
         elif before and state.points < before.points:
-            async for gone in missing_points(qdrant, self._on_disk, target, name):
-                points = [one.point for one in gone]
+            async for missing in missing_points(qdrant, self._on_disk, target, name):
+                points = [entry.point for entry in missing]
                 lost += await self._on_disk(
                     lambda outbox, points=points: outbox.forget(target, points)  # type: ignore[misc]
                 )
@@ -411,25 +413,25 @@ def _due(queue: _Queue) -> float:
 async def upsert(
     qdrant: Connection, collection: str, batch: Sequence[QueuedPoint], vector_name: str = ""
 ) -> None:
-    """Write points, and return once they can be found. Raises QdrantFailure.
+    """Write points, and return when searches find them. Raises QdrantFailure.
 
-    `vector_name` is that of their vector. Updates of points that are there keep what they do not
-    name; the others are written whole.
+    `vector_name` is the name of their vector. An update of an existing point keeps the vectors and
+    payload fields that it does not name; all other points are written whole.
     """
     doing = f"writing points to {collection}"
-    updates = [one for one in batch if one.is_update]
-    there = await present_ids(qdrant, collection, [id_of(one.id) for one in updates])
-    whole = [one for one in batch if not (one.is_update and id_of(one.id) in there)]
-    updates = [one for one in updates if id_of(one.id) in there]
+    updates = [point for point in batch if point.is_update]
+    existing = await present_ids(qdrant, collection, [id_of(point.id) for point in updates])
+    whole = [point for point in batch if not (point.is_update and id_of(point.id) in existing)]
+    updates = [point for point in updates if id_of(point.id) in existing]
     if whole:
         points = await asyncio.to_thread(_structs, whole, vector_name)
-        payloads = [one.payload for one in points]
+        payloads = [point.payload for point in points]
         await qdrant.ask(
             lambda client: client.upsert(collection, points, wait=True), payloads, doing=doing
         )
     if updates:
         points = await asyncio.to_thread(_structs, updates, vector_name)
-        payloads = [one.payload for one in points]
+        payloads = [point.payload for point in points]
         operations = _operations(points)
         await qdrant.ask(
             lambda client: client.batch_update_points(collection, operations, wait=True),
@@ -439,30 +441,30 @@ async def upsert(
 
 
 def _structs(batch: Sequence[QueuedPoint], vector_name: str) -> "list[models.PointStruct]":
-    """Return points as the client takes them; every number is the float32 that it was."""
+    """Return points in the form of the client; every number stays the same float32."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-    numbers = vector.stack([one.vector for one in batch]).tolist()
+    numbers = vector.stack([point.vector for point in batch]).tolist()
     points = []
-    for one, row in zip(batch, numbers, strict=True):
+    for point, row in zip(batch, numbers, strict=True):
         vectors: Any = row
-        if vector_name or one.vectors:
-            others = orjson.loads(one.vectors) if one.vectors else {}
+        if vector_name or point.vectors:
+            others = orjson.loads(point.vectors) if point.vectors else {}
             vectors = {**others, vector_name: row}
-        payload = orjson.loads(one.payload)
-        points.append(models.PointStruct(id=id_of(one.id), vector=vectors, payload=payload))
+        payload = orjson.loads(point.payload)
+        points.append(models.PointStruct(id=id_of(point.id), vector=vectors, payload=payload))
     return points
 
 
 def _operations(points: "Sequence[models.PointStruct]") -> "list[models.UpdateOperation]":
-    """Return what changes points that are there: the vectors and payload fields they name."""
+    """Return the operations that set the vectors and payload fields of existing points."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-    vectors = [models.PointVectors(id=one.id, vector=one.vector) for one in points]
+    vectors = [models.PointVectors(id=point.id, vector=point.vector) for point in points]
     operations: list[models.UpdateOperation] = [
         models.UpdateVectorsOperation(update_vectors=models.UpdateVectors(points=vectors))
     ]
-    for one in points:
-        change = models.SetPayload(payload=one.payload or {}, points=[one.id])
+    for point in points:
+        change = models.SetPayload(payload=point.payload or {}, points=[point.id])
         operations.append(models.SetPayloadOperation(set_payload=change))
     return operations

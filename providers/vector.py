@@ -92,9 +92,9 @@ def length(vector: Vector) -> float:
     return float(np.linalg.norm(np.frombuffer(vector, dtype=_FLOAT32).astype(np.float64)))
 
 
-def cosine(one: Vector, other: Vector) -> float:
+def cosine(first: Vector, second: Vector) -> float:
     """Return the cosine between two vectors of equal width, -1…1, computed in float64."""
-    a, b = (np.frombuffer(v, dtype=_FLOAT32).astype(np.float64) for v in (one, other))
+    a, b = (np.frombuffer(v, dtype=_FLOAT32).astype(np.float64) for v in (first, second))
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 

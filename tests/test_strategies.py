@@ -146,7 +146,7 @@ def test_what_is_no_strategy_is_a_configuration_error(brought, says, acme, monke
 
 def test_a_package_makes_texts_that_no_template_could():
     """Its texts, its refusals, and blanks that are none; the source tells of its version."""
-    rule = Rule.brought("acme_ticket")
+    rule = Rule.from_name("acme_ticket")
     assert rule.text({"title": "on fire", "description": "x" * 600}) == f"ON FIRE\n\n{'x' * 500}"
     assert rule.text({"title": " ", "description": "\n"}) is None
     assert rule.text(None) is None
@@ -173,18 +173,18 @@ def test_what_makes_texts_and_fails_is_one_line(acme, ticket, says):
     """It is told, and no point is carried with another text."""
     acme.Ticket.text = ticket
     with pytest.raises(TemplateError, match=says):
-        Rule.brought("acme_ticket").text({"title": "a"})
+        Rule.from_name("acme_ticket").text({"title": "a"})
 
 
 def test_what_makes_no_texts_is_refused(acme, monkeypatch):
     """A name that nobody brings, something that has no text, and what cannot be made."""
     with pytest.raises(TemplateError, match="called `nobody`"):
-        Rule.brought("nobody")
+        Rule.from_name("nobody")
     for brought, says in ((object(), "has no version and text"), (int, "has no version and text")):
         monkeypatch.setattr(acme, "Ticket", brought)
         with pytest.raises(TemplateError, match=says):
-            Rule.brought("acme_ticket")
+            Rule.from_name("acme_ticket")
     monkeypatch.delattr(acme, "Ticket")
     with pytest.raises(TemplateError, match="cannot be loaded"):
-        Rule.brought("acme_ticket")
+        Rule.from_name("acme_ticket")
     assert plugins.TEXTS == "embedding_proxy.texts"

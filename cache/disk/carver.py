@@ -177,7 +177,7 @@ class RecordCarver:
         last commit were never valid. What a damaged frame says may be right, but for its sums.
         """
         frames: dict[int, tuple[int, int]] = {}
-        begun: dict[int, tuple[int, int]] = {}
+        pending: dict[int, tuple[int, int]] = {}
         with contextlib.suppress(OSError):
             log = Log(self._log, self._size)
             self._size = log.page_bytes  # A checksum proves it.
@@ -186,12 +186,12 @@ class RecordCarver:
                 if not belongs:
                     continue
                 offset = 32 + 24 + row * (24 + self._size)
-                begun[int(page)] = self._log, offset
+                pending[int(page)] = self._log, offset
                 if not is_sound:
                     self._unsound.add(offset)
                 if is_commit:
-                    frames |= begun
-                    begun = {}
+                    frames |= pending
+                    pending = {}
         return frames
 
     def _page_versions(self) -> Iterator[_PageVersion]:
@@ -303,8 +303,8 @@ class RecordCarver:
         part = link = page[cell.end : cell.end + 4]
         while missing and part:
             file, at = self._frames.get(_int(link), (self._file, (_int(link) - 1) * self._size))
-            more = _read(file, self._size, at)
-            link, part = more[:4], more[4 : 4 + missing]
+            overflow = _read(file, self._size, at)
+            link, part = overflow[:4], overflow[4 : 4 + missing]
             record, missing = record + part, missing - len(part)
         return cell.value(page, 1), record, float(own) if 0 < 1000 * own < self._future_ms else 0.0
 

@@ -393,8 +393,8 @@ class Disk:
         async with self._opening:
             damaged = await self.read(self._still_damaged)
             closed, self.damaged = set(self.damaged) - set(damaged), damaged
-            for one in closed:
-                await self.read(one.close)
+            for file in closed:
+                await self.read(file.close)
 
     async def close(self) -> None:
         """Close the file and end the threads."""
@@ -403,8 +403,8 @@ class Disk:
                 await self._close(self.file)
                 self.file = None
             await self._close_read_only()
-            for one in self.damaged:
-                await self.read(one.close)
+            for file in self.damaged:
+                await self.read(file.close)
             self.damaged = ()
         self.shut_down()
 
@@ -418,14 +418,14 @@ class Disk:
 
     async def _open_damaged(self) -> None:
         path = self.folder / database.FILE_NAME
-        known = {one.quarantined: one for one in self.damaged}
+        open_files = {file.quarantined: file for file in self.damaged}
         for quarantined in await self.read(partial(quarantine.pending, path)):
-            if quarantined not in known:
-                known[quarantined] = await self.read(partial(DamagedFile, quarantined))
-        self.damaged = tuple(sorted(known.values(), key=_number, reverse=True))
+            if quarantined not in open_files:
+                open_files[quarantined] = await self.read(partial(DamagedFile, quarantined))
+        self.damaged = tuple(sorted(open_files.values(), key=_number, reverse=True))
 
     def _still_damaged(self) -> tuple[DamagedFile, ...]:
-        return tuple(one for one in self.damaged if one.quarantined.is_pending)
+        return tuple(file for file in self.damaged if file.quarantined.is_pending)
 
     def _open(self) -> Database:
         if self._lock is not None and self._lock.stale:

@@ -109,8 +109,8 @@ class QuietCache(diskcache.Cache):  # type: ignore[misc]
         def run_unless_known(statement: str, parameters: Sequence[object] = ()) -> Any:  # noqa: ANN401 - a cursor
             if statement in _SET:
                 key, value = parameters if statement == _SET[0] else reversed(parameters)
-                known = "SELECT 1 FROM Settings WHERE key = ? AND value IS ?"
-                if run(known, (key, value)).fetchall():
+                query = "SELECT 1 FROM Settings WHERE key = ? AND value IS ?"
+                if run(query, (key, value)).fetchall():
                     return None
             return run(statement, parameters)
 

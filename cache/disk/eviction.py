@@ -91,17 +91,19 @@ class Eviction:
         deleted = 0
         while lacking > 0 and budget > 0:
             goal = min(lacking + _SPARE_PAGES, budget)
-            gone, used, is_empty = self._delete_coldest(sql, _rows_of(sql, goal), used_at, pinned)
+            deletions, used, is_empty = self._delete_coldest(
+                sql, _rows_of(sql, goal), used_at, pinned
+            )
             coldest = used if coldest is None else coldest
-            deleted += gone
-            self.deleted += gone
+            deleted += deletions
+            self.deleted += deletions
             budget -= goal
             before, lacking = lacking, _lacking(sql, limit, pages_needed)
             if 2 * lacking > min(before, goal) and budget > 0:
                 _move_first(sql, min(2 * lacking, budget))
                 budget -= 2 * lacking
                 lacking = _lacking(sql, limit, pages_needed)
-            if not gone and lacking >= before:
+            if not deletions and lacking >= before:
                 break
         # Of the first look only: should the transaction fail, all is as it was then.
         self._coldest = coldest or self._coldest

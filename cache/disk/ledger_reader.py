@@ -58,7 +58,7 @@ def read(
         }
         rank = f"({' AND '.join(terms) or '1'}) DESC, first_day, {names}"
         values["max_lines"] = max_lines
-        shown = ", ".join(
+        columns = ", ".join(
             f"CASE WHEN place <= :max_lines THEN {column} ELSE {_IN_REST.get(column, column)} END"
             f" AS {column}_shown"
             for column in by
@@ -67,7 +67,7 @@ def read(
         statement = (
             f"WITH line AS (SELECT {names}, {sums}, min(day) AS first_day {table}),"
             f" ranked AS (SELECT *, row_number() OVER (ORDER BY {rank}) AS place FROM line)"
-            f" SELECT {shown}, {sums} FROM ranked GROUP BY {shown_names} ORDER BY {shown_names}"
+            f" SELECT {columns}, {sums} FROM ranked GROUP BY {shown_names} ORDER BY {shown_names}"
         )
     rows = sql(statement, values)
     # Without groups, the sums of nothing are one row of NULLs.

@@ -96,13 +96,13 @@ def shapes(page: bytes, size: int, start: int, *kinds: int) -> set[str]:
         _pointers(page, start, kinds),
         len(page) > start and page[start] == TABLE_LEAF,
     )
-    found: set[str] = set()
+    names: set[str] = set()
     for at in pointers[:: max(1, len(pointers) // 4)]:
         try:
-            found.add(_cell(page, size, at, is_table=is_table).layout.shape)
+            names.add(_cell(page, size, at, is_table=is_table).layout.shape)
         except (IndexError, ValueError):
-            found.add("")
-    return found
+            names.add("")
+    return names
 
 
 def _pointers(page: bytes, start: int, kinds: tuple[int, ...]) -> list[int]:

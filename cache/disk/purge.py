@@ -118,14 +118,14 @@ def delete(database: WritableFile, choice: PurgeFilter, *, overwrite: bool = Tru
             end = _end(database.sql, partition)
             last: Position | None = _FIRST
             while last is not None:
-                began = time.monotonic()
+                start = time.monotonic()
                 # Looked for anew each time: others move rows to the end of the file meanwhile.
                 with _deleting(database, overwrite=overwrite) as connection:
                     rows, last = _oldest(
                         connection.execute, choice, partition, last, ROWS_A_TRANSACTION, end
                     )
                     _delete(connection, rows)
-                _let_others(began)
+                _let_others(start)
                 yield len(rows)
     yield from _shrink(database)
 
@@ -188,17 +188,17 @@ def _delete_records(
     is_old = "(Cache.rowid <= :newest OR coalesce(CAST(store_time AS REAL), 0) < :began)"
     last, deleted = 0, ROWS_A_TRANSACTION
     while deleted == ROWS_A_TRANSACTION:
-        began = time.monotonic()
+        start = time.monotonic()
         with _deleting(database, overwrite=overwrite) as connection:
-            some = connection.execute(
+            rows = connection.execute(
                 f"SELECT Cache.rowid FROM {_RECORDS} WHERE Cache.rowid > :last AND {is_old}"
                 f" AND {condition} ORDER BY Cache.rowid LIMIT {ROWS_A_TRANSACTION}",
                 {**values, "last": last},
             ).fetchall()
-            _delete(connection, some)
-        deleted = len(some)
-        last = some[-1][0] if some else last
-        _let_others(began)
+            _delete(connection, rows)
+        deleted = len(rows)
+        last = rows[-1][0] if rows else last
+        _let_others(start)
         yield deleted
 
 
@@ -274,16 +274,16 @@ def count_purges(database: ReadableFile) -> int:
 def _shrink(database: WritableFile) -> Iterator[int]:
     released = PAGES_A_STEP
     while released == PAGES_A_STEP:
-        began = time.monotonic()
+        start = time.monotonic()
         with database.transaction():
             released = release_pages(database.sql, PAGES_A_STEP)
-        _let_others(began)
+        _let_others(start)
         yield 0
 
 
-def _let_others(began: float) -> None:
+def _let_others(start: float) -> None:
     """Leave other writers a gap: who waits for the lock looks for it each millisecond."""
-    time.sleep(max(0.003, (time.monotonic() - began) / 4))
+    time.sleep(max(0.003, (time.monotonic() - start) / 4))
 
 
 def where(choice: PurgeFilter) -> tuple[str, dict[str, object]]:

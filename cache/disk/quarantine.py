@@ -117,10 +117,10 @@ def complete(path: Path) -> None:
 
 def pending(path: Path) -> list[QuarantinedFile]:
     """Return what was set aside of the store at `path` and is not salvaged, the latest first."""
-    found = [
+    folders = [
         quarantined for quarantined in _all(path) if quarantined.is_pending and quarantined.is_moved
     ]
-    return sorted(found, key=lambda quarantined: quarantined.number, reverse=True)
+    return sorted(folders, key=lambda quarantined: quarantined.number, reverse=True)
 
 
 def inode_of(path: Path) -> int | None:

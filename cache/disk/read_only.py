@@ -58,8 +58,8 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
     """Return the records that are there, by address, but for those stored before a time."""
     records: dict[bytes, StoredRecord] = {}
     for start in range(0, len(addresses), ADDRESSES_A_SELECT):
-        some = addresses[start : start + ADDRESSES_A_SELECT]
-        for key, value, stored in sql(_select(len(some)), some):
+        batch = addresses[start : start + ADDRESSES_A_SELECT]
+        for key, value, stored in sql(_select(len(batch)), batch):
             if type(key) is bytes and type(value) is bytes and stored >= not_before:
                 records[key] = StoredRecord(value, stored)
     return records
@@ -68,10 +68,10 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
 @lru_cache(maxsize=ADDRESSES_A_SELECT)
 def _select(addresses: int) -> str:
     """Return the statement that reads so many addresses; one of them by the index alone."""
-    some = "= ?" if addresses == 1 else f"IN ({','.join('?' * addresses)})"
+    condition = "= ?" if addresses == 1 else f"IN ({','.join('?' * addresses)})"
     return (
         "SELECT key, value, coalesce(CAST(store_time AS REAL), 0) FROM Cache"
-        f" WHERE key {some} AND raw = 1 AND mode = {_RAW} AND typeof(value) = 'blob'"
+        f" WHERE key {condition} AND raw = 1 AND mode = {_RAW} AND typeof(value) = 'blob'"
     )
 
 
@@ -167,13 +167,13 @@ class DamagedFile:
         records: dict[bytes, StoredRecord] = {}
         unreadable: set[bytes] = set()
         for start in range(0, len(addresses), ADDRESSES_A_SELECT):
-            some = addresses[start : start + ADDRESSES_A_SELECT]
-            read = self._read(some, not_before)
+            batch = addresses[start : start + ADDRESSES_A_SELECT]
+            read = self._read(batch, not_before)
             if read is not None:
                 records |= read
-                unreadable |= set() if self._is_whole else set(some) - read.keys()
+                unreadable |= set() if self._is_whole else set(batch) - read.keys()
                 continue
-            for address in some:
+            for address in batch:
                 record = self._read([address], not_before)
                 if record is None or not (record or self._is_whole):
                     unreadable.add(address)
@@ -229,13 +229,13 @@ class InlineReader:
             return None
         if self._is_first:
             self._is_first, self._disk_reads = False, _disk_reads()
-        began = self._clock()
+        start = self._clock()
         try:
             records = read_many(self._cursor.execute, addresses, not_before)
         except Exception:  # noqa: BLE001 - of damage, sqlite3 makes errors of many kinds
             self._backoff.fail()
             return None
-        if self._clock() - began > SLOW_SECONDS and self._has_read_from_disk():
+        if self._clock() - start > SLOW_SECONDS and self._has_read_from_disk():
             self._backoff.fail()
         else:
             self._backoff.succeed()

@@ -49,10 +49,10 @@ class Reader:
         self, addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord] | None:
         """Return what `lookup` would; None if that has to be awaited."""
-        found = self._read_inline(addresses, not_before)
-        if found is None or len(found) == len(addresses):
-            return found
-        return None if self._disk.damaged or self._replaced_file() is not None else found
+        records = self._read_inline(addresses, not_before)
+        if records is None or len(records) == len(addresses):
+            return records
+        return None if self._disk.damaged or self._replaced_file() is not None else records
 
     async def lookup(
         self, addresses: Sequence[bytes], not_before: float
@@ -63,15 +63,15 @@ class Reader:
         not salvaged yet.
         """
         damaged = self._disk.damaged
-        found = await self._from_file(addresses, not_before)
-        if len(found) < len(addresses) and await self._is_replaced():
-            found |= await self._from_file([a for a in addresses if a not in found], not_before)
+        records = await self._from_file(addresses, not_before)
+        if len(records) < len(addresses) and await self._is_replaced():
+            records |= await self._from_file([a for a in addresses if a not in records], not_before)
         # Also those that were set aside meanwhile, and those that were salvaged meanwhile.
         damaged = tuple(dict.fromkeys((*damaged, *self._disk.damaged)))
-        if damaged and len(found) < len(addresses):
-            missing = [address for address in addresses if address not in found]
-            found |= await self._from_damaged(damaged, missing, not_before)
-        return found
+        if damaged and len(records) < len(addresses):
+            missing = [address for address in addresses if address not in records]
+            records |= await self._from_damaged(damaged, missing, not_before)
+        return records
 
     async def _is_replaced(self) -> bool:
         """Tell whether another process has begun a new file, after opening that."""
@@ -100,15 +100,15 @@ class Reader:
     async def _from_file(
         self, addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord]:
-        found: dict[bytes, StoredRecord] = {}
+        records: dict[bytes, StoredRecord] = {}
         for start in range(0, len(addresses), MAX_INLINE_RECORDS):
             if start:
                 await asyncio.sleep(0)
-            some = self._read_inline(addresses[start : start + MAX_INLINE_RECORDS], not_before)
-            if some is None:
-                return found | await self._read_in_thread(addresses[start:], not_before)
-            found |= some
-        return found
+            part = self._read_inline(addresses[start : start + MAX_INLINE_RECORDS], not_before)
+            if part is None:
+                return records | await self._read_in_thread(addresses[start:], not_before)
+            records |= part
+        return records
 
     async def _read_in_thread(
         self, addresses: Sequence[bytes], not_before: float
@@ -116,9 +116,9 @@ class Reader:
         for _ in range(TRIES):
             if self.backoff.is_waiting:
                 return {}
-            found = await self._try_in_thread(addresses, not_before)
-            if found is not None:
-                return found
+            records = await self._try_in_thread(addresses, not_before)
+            if records is not None:
+                return records
         return {}
 
     async def _try_in_thread(
@@ -132,7 +132,7 @@ class Reader:
                 if source is None:
                     return {}
                 work = partial(source.read_many, addresses, not_before=not_before)
-                found = await self._disk.read(work)
+                records = await self._disk.read(work)
         except FileReplaced:
             return None
         except FAILURES as error:
@@ -148,7 +148,7 @@ class Reader:
             log.exception("reading from the disk tier failed, taken as a miss")
             return {}
         self.backoff.succeed()
-        return found
+        return records
 
     async def _source(self) -> Database | ReadOnlyFile | None:
         """Return the file to read from, after it was replaced if it is about to be."""
@@ -162,23 +162,23 @@ class Reader:
         """Return what the damaged files have of these, or the file, once all is saved."""
         if self.backoff.is_waiting:
             return {}
-        found: dict[bytes, StoredRecord] = {}
+        records: dict[bytes, StoredRecord] = {}
         unreadable: set[bytes] = set()
         try:
             async with asyncio.timeout(SECONDS):
                 for file in files:
-                    missing = [address for address in addresses if address not in found]
+                    missing = [address for address in addresses if address not in records]
                     work = partial(file.read_many, missing, not_before=not_before)
-                    some, others = await self._disk.read(work)
-                    found |= some
+                    part, others = await self._disk.read(work)
+                    records |= part
                     unreadable |= others
         except TimeoutError as error:
             self.backoff.fail()
             log.warning("reading from a damaged file failed, taken as a miss: %s", error)
-        unreadable -= found.keys()
+        unreadable -= records.keys()
         if unreadable and await self.is_salvaged():
-            found |= await self._from_file(list(unreadable), not_before)
-        return found
+            records |= await self._from_file(list(unreadable), not_before)
+        return records
 
     async def is_salvaged(self) -> bool:
         """Wait until what can be saved is in the file, but not for long."""

@@ -93,12 +93,12 @@ def steps(
             yield partial(_put_late_records, rows)
 
 
-def pause_after(began: float) -> float:
+def pause_after(start: float) -> float:
     """Return for how long others get their turn, in seconds: as long as the step took, or enough.
 
     Who waits for the writer's lock asks for it every millisecond.
     """
-    return min(max(0.002, time.monotonic() - began), MAX_PAUSE_SECONDS)
+    return min(max(0.002, time.monotonic() - start), MAX_PAUSE_SECONDS)
 
 
 def salvage_file(
@@ -130,7 +130,7 @@ def salvage_pending(
     Returns what came of each file. Raises StoreError.
     """
     path = folder_of(directory) / FILE_NAME
-    if not (waiting := quarantine.pending(path)):
+    if not (files := quarantine.pending(path)):
         return []
     with opened(directory, size_limit, pinned, create=True) as database:
         while quarantine.pending(path):
@@ -146,7 +146,7 @@ def salvage_pending(
                     finish(quarantined, outcome)
             if not is_alone:
                 time.sleep(POLL_SECONDS)
-    return [outcome_of(quarantined) for quarantined in waiting]
+    return [outcome_of(quarantined) for quarantined in files]
 
 
 @contextlib.contextmanager
@@ -194,11 +194,11 @@ def _run(
     # Without a mark no sums are taken.
     with_sums = name is not None and not (quarantined is not None and quarantined.has_given_sums)
     for number, step in enumerate(steps(path, name or "", report, progress, with_sums=with_sums)):
-        began = time.monotonic()
+        start = time.monotonic()
         step(database, outcome)
         if number == 0 and quarantined is not None:
             quarantined.note(sums=True)
-        time.sleep(pause_after(began))
+        time.sleep(pause_after(start))
     outcome.damaged = report.damaged
     return outcome, report
 
@@ -229,13 +229,13 @@ def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> N
         stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
         # Of two rows of one address the first is the better known.
         pending.setdefault(row.address, PendingRecord(row.record, row.partition, stored))
-    there = database.read_many(list(pending))
+    stored_records = database.read_many(list(pending))
     bad = [
         (a, record_found.record)
-        for a, record_found in there.items()
+        for a, record_found in stored_records.items()
         if width(record_found.record) is None
     ]
-    missing = {a: record for a, record in pending.items() if a not in there}
+    missing = {a: record for a, record in pending.items() if a not in stored_records}
     missing |= {address: pending[address] for address, _ in bad}
     changes = WriteBatch(records=missing, deletions=bad, keep_newer=True)
     for part in changes.parts(database.most_bytes) if missing else []:
@@ -361,12 +361,12 @@ class Salvager:
         try:
             has_given_sums = quarantined.has_given_sums
             while (step := await self._in_thread(partial(next, work, None))) is not None:
-                began = time.monotonic()
+                start = time.monotonic()
                 await self._put(step, file, outcome)
                 if not has_given_sums:
                     has_given_sums = True
                     await self._in_thread(partial(quarantined.note, sums=True))
-                await self._sleep(pause_after(began))
+                await self._sleep(pause_after(start))
         finally:
             await self._in_thread(work.close)
         outcome.damaged = report.damaged

@@ -152,11 +152,11 @@ class WriteBatch:
 
 def _partition_ids(
     connection: Any,  # noqa: ANN401
-    named: Iterable[Partition | None],
+    partitions: Iterable[Partition | None],
 ) -> dict[Partition | None, int | None]:
     """Return the numbers of partitions; new ones get theirs, see `bounds`."""
     ids: dict[Partition | None, int | None] = {None: None}
-    for partition in named:
+    for partition in partitions:
         if partition is None:
             continue
         # An archive of an earlier version names spaces with the values of their parameters.

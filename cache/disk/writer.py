@@ -61,10 +61,10 @@ class AccessLog(Mapping[bytes, Use]):
 
     def take(self, max_uses: int) -> dict[bytes, Use]:
         """Return at most `max_uses` uses that were not taken before, oldest first."""
-        taken = {address: self[address] for address in islice(self._unwritten, max_uses)}
-        for address in taken:
+        uses = {address: self[address] for address in islice(self._unwritten, max_uses)}
+        for address in uses:
             del self._unwritten[address]
-        return taken
+        return uses
 
     def __getitem__(self, address: bytes) -> Use:
         use = self._young.get(address)
@@ -100,8 +100,8 @@ class Pending:
 
     def take(self) -> WriteBatch:
         """Return the changes to write now; later ones go into the next transaction."""
-        taken, self._changes = self._changes, WriteBatch()
-        return taken
+        batch, self._changes = self._changes, WriteBatch()
+        return batch
 
     def keep_failed(self, changes: WriteBatch) -> None:
         """Keep changes whose write failed: all sums, and records up to MAX_BACKLOG_BYTES."""

@@ -129,18 +129,18 @@ def read(file: BinaryIO, report: ArchiveReport) -> Iterator[Row]:
     or with one that is not finite, a width below 1, a time that is not finite.
     """
     partitions = LRUCache[bytes, tuple[Partition | None]](_RENEWED_ENTRIES)
-    kind, begun, whole, count = None, False, True, 0
+    kind, has_header, whole, count = None, False, True, 0
     for kind, payload in _frames(file, report):
         # A loss of whole frames leaves no damaged bytes.
-        whole &= begun == (kind != _START)
+        whole &= has_header == (kind != _START)
         if kind == _START:
             _check_version(payload)
-            begun, count = True, 0
+            has_header, count = True, 0
         elif kind == _END:
             promised = int.from_bytes(payload, "little")
             whole &= count == promised
             report.missing += max(0, promised - count)
-            begun, count = False, 0
+            has_header, count = False, 0
         elif kind == _ENTRY:
             count += 1
             entry = payload[_ENTRY_HEADER.size :]
@@ -157,7 +157,7 @@ def read(file: BinaryIO, report: ArchiveReport) -> Iterator[Row]:
             report.damage(_OVERHEAD + len(payload))
     if kind is None:
         raise ArchiveError("This is no archive of embeddings, or nothing of it is left.")
-    report.complete = whole and not begun and not report.damaged_places
+    report.complete = whole and not has_header and not report.damaged_places
 
 
 def _frame_of(kind: int, payload: bytes) -> bytes:
@@ -233,10 +233,10 @@ class _FrameReader:
     def has(self, size: int) -> bool:
         """Read until `size` bytes are in the buffer; return whether the file has them."""
         while len(self._data) - self._at < size:
-            more = self._file.read(_CHUNK)
-            if not more:
+            data = self._file.read(_CHUNK)
+            if not data:
                 return False
-            self._data, self._at = self._data[self._at :] + more, 0
+            self._data, self._at = self._data[self._at :] + data, 0
         return True
 
     def frame(self) -> tuple[int, bytes] | None:
@@ -256,9 +256,9 @@ class _FrameReader:
     def skip(self) -> int:
         """Skip to where a frame may begin; return the number of bytes skipped."""
         start = self._at
-        found = self._data.find(_MAGIC, start + 1)
+        offset = self._data.find(_MAGIC, start + 1)
         # The last three bytes may be the beginning of a magic that is not yet read whole.
-        self._at = found if found >= 0 else max(start + 1, len(self._data) - len(_MAGIC) + 1)
+        self._at = offset if offset >= 0 else max(start + 1, len(self._data) - len(_MAGIC) + 1)
         return self._at - start
 
 
@@ -303,9 +303,9 @@ def export_rows(database: ReadableFile, choice: PurgeFilter, report: ExportRepor
     for start, last in ranges:
         after, count = start, ROWS_A_BATCH
         while count == ROWS_A_BATCH:
-            some = database.sql(statement, {**values, "after": after, "last": last}).fetchall()
-            count = len(some)
-            for after, key, raw, mode, value, stored, *names in some:  # noqa: B007 - the last one counts
+            rows = database.sql(statement, {**values, "after": after, "last": last}).fetchall()
+            count = len(rows)
+            for after, key, raw, mode, value, stored, *names in rows:  # noqa: B007 - the last one counts
                 width = record.width(value) if is_record(key, raw, mode, value) else None
                 if width is None:
                     report.damaged += 1

@@ -158,26 +158,26 @@ class _Copy:
         after = done = 0
         is_indexed = False
         while True:
-            began = time.monotonic()
+            start = time.monotonic()
             with self._transaction():
-                last, found = self._sql(
+                last, row_count = self._sql(
                     "SELECT max(rowid), count(*) FROM"
                     " (SELECT rowid FROM source.Cache WHERE rowid > ? ORDER BY rowid LIMIT ?)",
                     (after, rows),
                 ).fetchone()
-                for statement in (_COPY_RECORDS, _COPY_ENTRIES, _ENTER) if found else ():
+                for statement in (_COPY_RECORDS, _COPY_ENTRIES, _ENTER) if row_count else ():
                     self._sql(statement, {"after": after, "last": last})
-            after, done = last or after, done + found
+            after, done = last or after, done + row_count
             progress(min(done, total), total)
-            if not is_indexed and (found < rows or after >= end):
+            if not is_indexed and (row_count < rows or after >= end):
                 # Up to here a row seldom came twice; behind it there are those with new places.
                 self._index_keys()
                 is_indexed = True
-            elif found < rows:
+            elif row_count < rows:
                 return
             elif done > MAX_TURNS * total + MAX_ROWS_AT_LEAST:
                 raise OSError("the store is written to faster than it can be copied to this place")
-            self._pauses.pause(began)
+            self._pauses.pause(start)
 
     def _index_keys(self) -> None:
         (sql,) = (sql for _, name, sql in self._schema if name == _KEY_INDEX)
@@ -214,7 +214,7 @@ class _Copy:
         columns = ", ".join(f'"{name}"' for name in names)
         after = b""
         while True:
-            began = time.monotonic()
+            start = time.monotonic()
             with self._transaction():
                 last = self._one(
                     f"SELECT max(key) FROM (SELECT key FROM main.Cache INDEXED BY {_KEY_INDEX}"
@@ -237,7 +237,7 @@ class _Copy:
                 )
                 self._sql("DELETE FROM temp.Changed")
             after = last
-            self._pauses.pause(began)
+            self._pauses.pause(start)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

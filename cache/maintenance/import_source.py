@@ -88,5 +88,5 @@ def listed(names: Iterable[str]) -> str:
     '`a`, `b`'
     """
     quoted = [f"`{name}`" for name in sorted(set(names))]
-    more = len(quoted) - _MOST_NAMES
-    return ", ".join(quoted[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    rest = len(quoted) - _MOST_NAMES
+    return ", ".join(quoted[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -59,11 +59,11 @@ class Inspection:
 
 def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> Inspection:
     """Look at the store in `directory`, beside its proxies; nothing is written. Raises OSError."""
-    location, exists, held, problem = look(directory), connection.exists(directory), None, ""
+    location, exists, contents, problem = look(directory), connection.exists(directory), None, ""
     if exists:
         try:
             with connection.opened_for_reading(directory, size_limit, pinned) as file:
-                held = stats.gather(file)
+                contents = stats.gather(file)
             if reason := connection.write_obstacle(directory):
                 problem = (
                     f"{connection.folder_of(directory)}: cannot be written: {reason};"
@@ -84,8 +84,8 @@ def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> I
             f"{location.free_bytes / 1e6:.0f} MB are free on the file system of {location.nearest};"
             f" below {FREE_BYTES / 1e6:.0f} MB nothing is written"
         )
-    growth = size_limit - (held.file_bytes if held else 0)
-    return Inspection(location, exists, held, max(0, growth - location.free_bytes), problem)
+    growth = size_limit - (contents.file_bytes if contents else 0)
+    return Inspection(location, exists, contents, max(0, growth - location.free_bytes), problem)
 
 
 def look(directory: Path) -> Location:

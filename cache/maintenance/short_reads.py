@@ -140,13 +140,13 @@ class Pauses:
         self._version_of = f"PRAGMA {schema}.data_version"
         self._version = self._read_version()
 
-    def pause(self, began: float) -> None:
+    def pause(self, start: float) -> None:
         """Wait as long as the read took that began at this `time.monotonic`, if others wrote.
 
         If they have nearly filled the log, wait until they begin it anew: a checkpoint may take
         longer than a read.
         """
-        took = time.monotonic() - began
+        took = time.monotonic() - start
         version = self._read_version()
         if version != self._version:
             self._version = version
@@ -168,7 +168,7 @@ def id_ranges(database: ReadableFile, rows: int) -> Iterator[tuple[int, int]]:
     ((end,),) = sql("SELECT coalesce(max(id), 0) FROM Entries").fetchall()
     last = 0
     while last < end:
-        began = time.monotonic()
+        start = time.monotonic()
         ((following,),) = sql(
             "SELECT max(id) FROM (SELECT id FROM Entries WHERE id > ? AND id <= ?"
             " ORDER BY id LIMIT ?)",
@@ -178,4 +178,4 @@ def id_ranges(database: ReadableFile, rows: int) -> Iterator[tuple[int, int]]:
             return
         yield last, following
         last = following
-        pauses.pause(began)
+        pauses.pause(start)

@@ -118,18 +118,18 @@ def gather(database: ReadableFile) -> Stats:
         for number, *columns in sql("SELECT id, namespace, space, dimensions FROM Partitions")
     }
     usage = usage_by_partition(sql)
-    entered = _entries(database)
-    held = []
-    for number in sorted(entered.keys() | usage.keys(), key=lambda n: n or 0):
+    entries = _entries(database)
+    rows = []
+    for number in sorted(entries.keys() | usage.keys(), key=lambda n: n or 0):
         partition = partitions.get(number or 0, UNKNOWN)
-        count, *times = entered.get(number, (0, None, None, None))
+        count, *times = entries.get(number, (0, None, None, None))
         oldest, newest, last_used = (None if ms is None else ms / 1000 for ms in times)
         size = count * (40 + 4 * partition.dimensions)
         sums = usage.get(number, Usage())
-        held.append(Held(partition, count, size, oldest, newest, last_used, sums))
+        rows.append(Held(partition, count, size, oldest, newest, last_used, sums))
     ((since,),) = sql("SELECT min(day) FROM Usage")
     sizes = _size(database.path), _size(sibling_path(database.path, LOG))
-    return Stats(*sizes, since, tuple(held))
+    return Stats(*sizes, since, tuple(rows))
 
 
 def _size(path: Path) -> int:
@@ -149,9 +149,9 @@ def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
             " WHERE id > ? AND id <= ? GROUP BY partition",
             (after, last),
         ):
-            entered = _Entered(*columns)
+            entries = _Entered(*columns)
             sum_so_far = sums.get(number)
-            sums[number] = entered if sum_so_far is None else sum_so_far.plus(entered)
+            sums[number] = entries if sum_so_far is None else sum_so_far.plus(entries)
     return sums
 
 
@@ -165,8 +165,8 @@ def usage_by_partition(sql: Sql) -> dict[int | None, Usage]:
         if day is None:
             return sums
         statement = f"SELECT partition, {columns} FROM Usage WHERE day = ? GROUP BY partition"
-        for number, *found in sql(statement, (day,)).fetchall():
-            sums[number] = sums.get(number, Usage()).plus(Usage(*found))
+        for number, *values in sql(statement, (day,)).fetchall():
+            sums[number] = sums.get(number, Usage()).plus(Usage(*values))
 
 
 def value(database: ReadableFile, entries: Mapping[int | None, int]) -> tuple[int, int]:

@@ -132,7 +132,7 @@ def _scan_records(database: ReadableFile, findings: Findings) -> Iterator[int]:
     checked = after = not_found = 0
     count = ROWS_A_BATCH
     while count == ROWS_A_BATCH:
-        began = time.monotonic()
+        start = time.monotonic()
         batch = sql(_BATCH.format(limit=ROWS_A_BATCH), {"after": after, "last": MAX_ID}).fetchall()
         count = len(batch)
         last = batch[-1][0] if count == ROWS_A_BATCH else MAX_ID
@@ -154,7 +154,7 @@ def _scan_records(database: ReadableFile, findings: Findings) -> Iterator[int]:
             _remember(findings.places, after, last)
         after = last
         checked += count
-        pauses.pause(began)
+        pauses.pause(start)
         yield checked
     if not_found:
         findings.broken = f"{not_found} records are not where the index of addresses says"
@@ -208,9 +208,9 @@ def _compare_counts(watch: LogWatch, connection: sqlite3.Connection, findings: F
     of: dict[str, set[int]] = {}
     for (_, _, table), count in zip(counts, rows[0], strict=True):
         of.setdefault(table, set()).add(count)
-    for table, found in of.items():
-        if len(found) > 1:
-            numbers = ", ".join(map(str, sorted(found)))
+    for table, totals in of.items():
+        if len(totals) > 1:
+            numbers = ", ".join(map(str, sorted(totals)))
             findings.broken = (
                 f"table {table} and its indexes have unlike numbers of rows: {numbers}"
             )
@@ -254,7 +254,7 @@ def repair(database: Database, findings: Findings) -> None:
     for start, end in findings.places:
         after, count = start, ROWS_A_BATCH
         while count == ROWS_A_BATCH:
-            began = time.monotonic()
+            start_time = time.monotonic()
             # Looked at again: a proxy may have put something good in the place of what was damaged.
             with database.transaction() as connection:
                 batch = connection.execute(
@@ -273,4 +273,4 @@ def repair(database: Database, findings: Findings) -> None:
                         )
                 connection.execute(f"DELETE {_ORPHANS}", {"after": after, "last": last})
             after = last
-            pauses.pause(began)
+            pauses.pause(start_time)

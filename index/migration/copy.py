@@ -25,15 +25,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Refusals = dict[PointId, tuple[bytes, str]]
-"""Points that cannot be carried: the digest of their payload then, and why."""
+"""Points that cannot be carried: the digest of their payload at that time, and the reason."""
 
 
 @dataclass(slots=True)
 class CarryResult:
-    """Some points after their migration."""
+    """The result of carrying some points."""
 
     points: list[Point] = field(default_factory=list)
-    """With their new vectors."""
+    """The points to write, with their new vectors."""
     embedded: int = 0
     without_vector: int = 0
     letters: list[dict[str, Any]] = field(default_factory=list)
@@ -48,17 +48,17 @@ class CarryResult:
 async def carry(migration: Migration, points: Sequence[Point]) -> CarryResult:
     """Give each point its new vector, or a dead letter. Raises EmbeddingError, QdrantFailure.
 
-    A point that has neither a text nor an old vector stays without one: its payload and its other
+    A point without a text and without an old vector gets no new vector. Its payload and its other
     vectors are carried.
     """
-    done = CarryResult()
+    result = CarryResult()
     texts: list[tuple[Point, str]] = []
     textless: list[tuple[Point, str]] = []
     for point in points:
         wrong = migration.vector_error(point) if migration.regime.copies else "not looked at"
         if wrong is None:
             (new,) = derive([point.vector or b""], migration.model.dimensions)
-            done.points.append(point.with_vector(new))
+            result.points.append(point.with_vector(new))
         elif (text := migration.rule.text(point.payload)) is not None:
             texts.append((point, text))
         else:
@@ -66,29 +66,29 @@ async def carry(migration: Migration, points: Sequence[Point]) -> CarryResult:
     bare = await _without_vector(migration, [point for point, _ in textless])
     for point, wrong in textless:
         if point.id in bare:
-            done.points.append(point)
-            done.without_vector += 1
+            result.points.append(point)
+            result.without_vector += 1
             continue
         why = f"no text: {_nothing_at(migration)}"
         if migration.regime.copies:
             why = f"the vector: {wrong}; {why}"
-        done.letters.append(letter(point, why))
+        result.letters.append(letter(point, why))
     answers = await migration.embedder.embed([text for _, text in texts])
     for (point, _), answer in zip(texts, answers, strict=True):
         if isinstance(answer, Rejection):
-            done.letters.append(letter(point, answer.why))
+            result.letters.append(letter(point, answer.why))
         else:
-            done.points.append(point.with_vector(answer))
-            done.embedded += 1
-    return done
+            result.points.append(point.with_vector(answer))
+            result.embedded += 1
+    return result
 
 
 async def _without_vector(migration: Migration, points: Sequence[Point]) -> set[PointId]:
-    """Return those of some points that have no vector to migrate."""
+    """Return the ids of the points without a vector to migrate."""
     if not reads_vectors(migration):
         ids = [point.id for point in points]
-        there = await migration.points.get_points(migration.state.source, ids, vectors=True)
-        points = list(there.values())
+        sources = await migration.points.get_points(migration.state.source, ids, vectors=True)
+        points = list(sources.values())
     return {point.id for point in points if point.vector is None}
 
 
@@ -103,17 +103,19 @@ def _nothing_at(migration: Migration) -> str:
     return f"nothing at {', '.join(f'`{name}`' for name in migration.rule.fields)}"
 
 
-async def verify_sample(migration: Migration, least: float) -> None:
+async def verify_sample(migration: Migration, min_cosine: float) -> None:
     """Embed sampled texts without the cache, and compare them with the old vectors.
 
-    Raises MigrationRefused if one differs: then nothing has been copied.
+    Raises MigrationRefused if one differs. Nothing has been copied then.
     """
     state, width = migration.state, migration.model.dimensions
     if not migration.regime.copies or state.proof is not None:
         return
     drawn = await migration.points.sample(state.source, 4 * migration.pace.sample)
-    sound = [one for one in drawn if migration.vector_error(one) is None]
-    able = [(one, text) for one in sound if (text := migration.rule.text(one.payload)) is not None]
+    sound = [point for point in drawn if migration.vector_error(point) is None]
+    able = [
+        (point, text) for point in sound if (text := migration.rule.text(point.payload)) is not None
+    ]
     able = able[: migration.pace.sample]
     if not able:
         if await migration.points.count(state.source):
@@ -123,28 +125,30 @@ async def verify_sample(migration: Migration, least: float) -> None:
             )
         return
     answers = await migration.embedder.embed([text for _, text in able], anew=True)
-    pairs = zip((one for one, _ in able), answers, strict=True)
-    there = [(one, new) for one, new in pairs if not isinstance(new, Rejection)]
-    cosines = [vector.cosine(derive([one.vector or b""], width)[0], new) for one, new in there]
-    if not there:
+    pairs = zip((point for point, _ in able), answers, strict=True)
+    vector_pairs = [(point, new) for point, new in pairs if not isinstance(new, Rejection)]
+    cosines = [
+        vector.cosine(derive([point.vector or b""], width)[0], new) for point, new in vector_pairs
+    ]
+    if not vector_pairs:
         raise MigrationRefused(f"{state.model} takes none of the sampled texts")
-    off = sum(cosine < least for cosine in cosines)
+    off = sum(cosine < min_cosine for cosine in cosines)
     migration.save()
     if off:
         raise MigrationRefused(
-            f"{off} of {len(there)} sampled texts of {state.source} have other vectors in"
-            f" {state.model} (cosine {min(cosines):.3f}, wanted {least}): these vectors are not of"
-            f" this model and this text ({state.rule}); --regime reembed buys them"
+            f"{off} of {len(vector_pairs)} sampled texts of {state.source} have other vectors in"
+            f" {state.model} (cosine {min(cosines):.3f}, wanted {min_cosine}): these vectors are"
+            f" not of this model and this text ({state.rule}); --regime reembed buys them"
         )
     state.proof = min(cosines)
-    state.proved = [one.id for one, _ in there]
+    state.proved = [point.id for point, _ in vector_pairs]
     migration.save()
 
 
 async def copy(migration: Migration) -> None:
     """Carry the old points in the order of their ids, from the checkpoint on.
 
-    What is in the new collection already is neither embedded nor written again. Raises
+    A point that the new collection already has is not embedded or written again. Raises
     QdrantFailure, EmbeddingError, MigrationStateError.
     """
     state, pace = migration.state, migration.pace
@@ -153,8 +157,8 @@ async def copy(migration: Migration) -> None:
 
     async def work(page: Page) -> CarryResult:
         ids = [point.id for point in page.points]
-        there = await migration.points.get_points(state.target, ids)
-        return await carry(migration, [one for one in page.points if one.id not in there])
+        targets = await migration.points.get_points(state.target, ids)
+        return await carry(migration, [point for point in page.points if point.id not in targets])
 
     total, size = await migration.points.count(state.source), migration.pace.page
     with migration.progress(f"copying {state.collection}", total) as tell:
@@ -163,8 +167,8 @@ async def copy(migration: Migration) -> None:
             state.source, size, state.offset, vectors=reads_vectors(migration)
         )
         async with contextlib.aclosing(map_concurrently(pages, work, pace.ahead)) as carried:
-            async for page, done in carried:
-                await _write_page(migration, page, done)
+            async for page, result in carried:
+                await _write_page(migration, page, result)
                 tell(state.counts.points)
                 if pace.points_per_second:
                     await migration.sleep(len(page.points) / pace.points_per_second)
@@ -199,35 +203,35 @@ async def map_concurrently(
                 await doing
 
 
-async def _write_page(migration: Migration, page: Page, done: CarryResult) -> None:
+async def _write_page(migration: Migration, page: Page, result: CarryResult) -> None:
     """Write a page, then the checkpoint after it."""
     state, counts = migration.state, migration.state.counts
-    await migration.points.write(state.target, done.points, "insert_only")
-    migration.state_file.append_dead_letters(done.letters)
+    await migration.points.write(state.target, result.points, "insert_only")
+    migration.state_file.append_dead_letters(result.letters)
     counts.points += len(page.points)
-    done.add_to(counts)
-    counts.dead += len(done.letters)
+    result.add_to(counts)
+    counts.dead += len(result.letters)
     state.offset, state.first_pass_done = page.after, page.after is None
     migration.save()
 
 
 def reads_vectors(migration: Migration) -> bool:
-    """Tell whether the old vectors are needed: to copy them, or others beside them."""
+    """Tell whether the old vectors are read: to copy them, or other vectors of the points."""
     return migration.regime.copies or bool(migration.old.others)
 
 
 def is_little(migration: Migration, repaired: int) -> bool:
-    """Tell whether so few points differed in a pass that the cutover can carry what is left.
+    """Tell whether so few points differed in a pass that the cutover can carry the rest.
 
-    Another whole pass would find as many again where clients write all the time.
+    If clients write all the time, another whole pass finds as many again.
     """
     return repaired <= max(migration.pace.page, migration.state.counts.points // 100)
 
 
 async def follow(migration: Migration) -> None:
-    """Compare both collections and repair the new one, until a pass finds little.
+    """Compare both collections and repair the new one, until a pass finds few differences.
 
-    What is written from then on is carried by the cutover. Raises MigrationRefused if the old one
+    The cutover carries later writes. Raises MigrationRefused if the old one
     changes faster than it can be followed.
     """
     state = migration.state
@@ -247,7 +251,7 @@ async def follow(migration: Migration) -> None:
 async def compare(
     migration: Migration, refused: Refusals, title: str, snapshot: Snapshot | None = None
 ) -> int:
-    """Make the new collection equal to the old; return how many points were repaired.
+    """Make the new collection equal to the old one; return the number of repaired points.
 
     Points in `refused` are not tried again; newly refused ones are added to it. The dead letters
     are replaced by those of this pass. `snapshot` receives all points of the old collection.
@@ -260,10 +264,10 @@ async def compare(
         async for page in migration.points.pages(
             state.source, size, vectors=reads_vectors(migration)
         ):
-            written, there = await _repair(migration, page.points, refused, letters)
-            repaired += len(written)
+            changed_ids, targets = await _repair(migration, page.points, refused, letters)
+            repaired += len(changed_ids)
             if snapshot is not None:
-                await _take_down(migration, snapshot, page.points, written, there)
+                await _store_snapshot(migration, snapshot, page.points, changed_ids, targets)
             number += len(page.points)
             tell(number)
         orphans = await _delete_orphans(migration)
@@ -276,20 +280,22 @@ async def compare(
     return repaired
 
 
-async def _take_down(
+async def _store_snapshot(
     migration: Migration,
     snapshot: Snapshot,
     points: Sequence[Point],
-    written: Sequence[PointId],
-    there: dict[PointId, Point],
+    changed_ids: Sequence[PointId],
+    targets: dict[PointId, Point],
 ) -> None:
-    """Store some points in the snapshot, as both collections have them now."""
-    again = await migration.points.get_points(
-        migration.state.target, written, vectors=reads_vectors(migration)
+    """Store points in the snapshot, in the present state of both collections."""
+    rewritten = await migration.points.get_points(
+        migration.state.target, changed_ids, vectors=reads_vectors(migration)
     )
-    new = {one: point for one, point in there.items() if one not in written} | again
+    new = {id_: point for id_, point in targets.items() if id_ not in changed_ids} | rewritten
     rule = migration.rule
-    snapshot.add(points, new, {one.id for one in points if rule.text(one.payload) is not None})
+    snapshot.add(
+        points, new, {point.id for point in points if rule.text(point.payload) is not None}
+    )
 
 
 async def _repair(
@@ -304,27 +310,29 @@ async def _repair(
     """
     state, counts = migration.state, migration.state.counts
     ids = [point.id for point in points]
-    there = await migration.points.get_points(state.target, ids, vectors=reads_vectors(migration))
-    wrong = [one for one in points if _differs(migration, one, there.get(one.id))]
-    known = {one.id: one for one in wrong if refused.get(one.id, (b"",))[0] == one.digest()}
-    letters += [letter(one, refused[one.id][1]) for one in known.values()]
-    asked = {one.id: one for one in wrong if one.id not in known}
-    done = await carry(migration, list(asked.values()))
-    letters += done.letters
-    for found in done.letters:
-        refused[found["id"]] = (asked[found["id"]].digest(), found["why"])
-    await migration.points.write(state.target, done.points)
-    # A point without a new vector must not be found by its old one.
-    stale = [found["id"] for found in done.letters if found["id"] in there]
+    targets = await migration.points.get_points(state.target, ids, vectors=reads_vectors(migration))
+    wrong = [point for point in points if _differs(migration, point, targets.get(point.id))]
+    rejected = {
+        point.id: point for point in wrong if refused.get(point.id, (b"",))[0] == point.digest()
+    }
+    letters += [letter(point, refused[point.id][1]) for point in rejected.values()]
+    candidates = {point.id: point for point in wrong if point.id not in rejected}
+    result = await carry(migration, list(candidates.values()))
+    letters += result.letters
+    for dead_letter in result.letters:
+        refused[dead_letter["id"]] = (candidates[dead_letter["id"]].digest(), dead_letter["why"])
+    await migration.points.write(state.target, result.points)
+    # A search must not find a point by its old vector if it has no new one.
+    stale = [dead_letter["id"] for dead_letter in result.letters if dead_letter["id"] in targets]
     await migration.points.delete(state.target, stale)
-    done.add_to(counts)
-    counts.updated += sum(one.id in there for one in done.points)
+    result.add_to(counts)
+    counts.updated += sum(point.id in targets for point in result.points)
     counts.deleted += len(stale)
-    return [*(one.id for one in done.points), *stale], there
+    return [*(point.id for point in result.points), *stale], targets
 
 
 def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
-    """Tell whether a point is missing in the new collection, or out of date there."""
+    """Tell whether the new collection lacks a point, or has an older version of it."""
     if new is None or old.digest() != new.digest():
         return True
     mine, theirs = old.others or {}, new.others or {}
@@ -341,14 +349,14 @@ def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
 
 
 async def _delete_orphans(migration: Migration) -> list[PointId]:
-    """Delete points that the old collection does not have any more; return them."""
+    """Delete points that the old collection no longer has; return their ids."""
     state = migration.state
     orphans: list[PointId] = []
     async for page in migration.points.pages(state.target, migration.pace.page):
         ids = [point.id for point in page.points]
-        there = await migration.points.get_points(state.source, ids)
-        missing = [one for one in ids if one not in there]
-        await migration.points.delete(state.target, missing)
-        orphans += missing
+        sources = await migration.points.get_points(state.source, ids)
+        orphan_ids = [id_ for id_ in ids if id_ not in sources]
+        await migration.points.delete(state.target, orphan_ids)
+        orphans += orphan_ids
     state.counts.deleted += len(orphans)
     return orphans

@@ -31,14 +31,14 @@ DUAL_WRITE_END_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class MissingLimit:
-    """How many points of the old collection the new one may lack."""
+    """The number of points of the old collection that the new one may lack."""
 
     number: int = 0
     share: float = 0.0
-    """Of all points, 0 to 1; the larger of both counts."""
+    """A share of all points, 0 to 1. The larger of both limits applies."""
 
     def allows(self, missing: int, total: int) -> bool:
-        """Tell whether so many of all points may be missing."""
+        """Tell whether `missing` of `total` points may be missing."""
         return missing <= max(self.number, self.share * total + _ROUNDING)
 
 
@@ -49,15 +49,16 @@ _ROUNDING = 1e-6
 
 async def cutover(
     migration: Migration,
-    least: float,
+    min_cosine: float,
     alias: str | None,
     *,
     missing: MissingLimit = NONE_MISSING,
 ) -> Verdict:
-    """Verify the new collection, then let the aliases of the old one point to it.
+    """Verify the new collection, then point the aliases of the old one to it.
 
-    `alias` is made if it is not there. What reached the old collection meanwhile is carried then.
-    Raises MigrationRefused: then no alias has changed. Continues an interrupted cutover.
+    `alias` is created if it does not exist. Writes that reached the old collection meanwhile are
+    carried afterwards. Raises MigrationRefused before any alias has changed. Continues an
+    interrupted cutover.
     """
     state, points = migration.state, migration.points
     is_switched = state.phase is Phase.SWITCHED and alias in (None, *state.aliases)
@@ -65,24 +66,24 @@ async def cutover(
         return Verdict()  # by a command that was given before
     if state.phase not in (Phase.COPIED, Phase.SWITCHING):
         raise MigrationRefused(_not_now(state, "cutover"))
-    there = await qdrant.aliases_of(points, state.target)
-    if state.phase is Phase.SWITCHING and state.aliases and set(state.aliases) <= set(there):
+    aliases_now = await qdrant.aliases_of(points, state.target)
+    if state.phase is Phase.SWITCHING and state.aliases and set(state.aliases) <= set(aliases_now):
         # Clients write to the new collection already: it must not be made equal to the old.
         verdict = Verdict()
         await _end(migration, verdict)
         return verdict
     moving = await qdrant.aliases_of(points, state.source)
-    aliases = sorted({*moving, *there, *([alias] if alias else [])})
+    aliases = sorted({*moving, *aliases_now, *([alias] if alias else [])})
     if not aliases:
         raise MigrationRefused(
             f"clients find {state.source} by its own name, and there can be no alias of that name"
             " while it is there: give --alias NAME, and let clients use that; see docs/migration.md"
         )
-    if alias and alias not in {*moving, *there} and await qdrant.exists(points, alias):
+    if alias and alias not in {*moving, *aliases_now} and await qdrant.exists(points, alias):
         raise MigrationRefused(
             f"--alias {alias}: there is a collection, or an alias of another, of that name"
         )
-    verdict = await _verify(migration, least, missing)
+    verdict = await _verify(migration, min_cosine, missing)
     # After a kill from here on, the state file names the aliases that moved, or are to move.
     state.aliases, state.phase = aliases, Phase.SWITCHING
     migration.save()
@@ -91,11 +92,11 @@ async def cutover(
     return verdict
 
 
-async def _verify(migration: Migration, least: float, missing: MissingLimit) -> Verdict:
-    """Verify, and keep what both collections held then. Raises MigrationRefused."""
+async def _verify(migration: Migration, min_cosine: float, missing: MissingLimit) -> Verdict:
+    """Verify, and store the state of both collections. Raises MigrationRefused."""
     state, state_file = migration.state, migration.state_file
     with closing(Snapshot(state_file.snapshot)) as snapshot:
-        verdict = await verify(migration, least, snapshot)
+        verdict = await verify(migration, min_cosine, snapshot)
         snapshot.commit()
     problems = list(verdict.problems)
     if not missing.allows(verdict.dead, verdict.old_points):
@@ -110,7 +111,7 @@ async def _verify(migration: Migration, least: float, missing: MissingLimit) -> 
 
 
 async def _end(migration: Migration, verdict: Verdict) -> None:
-    """Carry late changes if there is a snapshot; then the cutover is done."""
+    """Carry late changes if there is a snapshot, and complete the cutover."""
     if migration.state_file.snapshot.exists():
         with closing(Snapshot(migration.state_file.snapshot)) as snapshot:
             verdict.late = await catch_up(migration, snapshot)
@@ -149,9 +150,9 @@ async def finalize(
     missing: MissingLimit = NONE_MISSING,
     snapshot: bool = False,
 ) -> State:
-    """Delete the old collection; with `take_name`, let its name be an alias of the new one.
+    """Delete the old collection. With `take_name` its name becomes an alias of the new one.
 
-    With `snapshot` the server keeps one of the old collection. Raises MigrationRefused.
+    With `snapshot` the server keeps a snapshot of the old collection. Raises MigrationRefused.
     """
     state = await check_finalize(points, state_file, missing)
     if state.phase is Phase.SWITCHED:
@@ -180,7 +181,10 @@ async def finalize(
 async def check_finalize(
     points: Points, state_file: MigrationState, missing: MissingLimit
 ) -> State:
-    """Return the state if the old collection may be deleted, or is. Raises MigrationRefused."""
+    """Return the state if the old collection may be deleted, or is deleted.
+
+    Raises MigrationRefused.
+    """
     state = load_state(state_file)
     if state.phase is Phase.FINALIZED:
         return state
@@ -210,16 +214,16 @@ def load_state(state_file: MigrationState) -> State:
 
 
 async def points_to(points: Points, name: str, aliases: Sequence[str]) -> bool:
-    """Return whether these aliases are all of this collection."""
+    """Tell whether all these aliases point to this collection."""
     return set(aliases) <= set(await qdrant.aliases_of(points, name))
 
 
-async def count_missing(points: Points, one: str, other: str) -> int:
-    """Return how many points a collection has that another lacks."""
+async def count_missing(points: Points, source: str, target: str) -> int:
+    """Return the number of points of `source` that `target` lacks."""
     count = 0
-    async for page in points.pages(one, 1000):
+    async for page in points.pages(source, 1000):
         ids = [point.id for point in page.points]
-        count += len(ids) - len(await points.get_points(other, ids))
+        count += len(ids) - len(await points.get_points(target, ids))
     return count
 
 
@@ -238,14 +242,14 @@ def _not_now(state: State, step: str) -> str:
 async def catch_up(migration: Migration, snapshot: Snapshot) -> CatchUp:
     """Carry late changes until a pass finds none, for `pace.passes` passes at most.
 
-    Raises QdrantFailure, EmbeddingError, MigrationStateError; done again, it goes on.
+    Raises QdrantFailure, EmbeddingError, MigrationStateError. Another call continues.
     """
     late = CatchUp()
     for _ in range(migration.pace.passes):
-        found = await _pass(migration, snapshot, late)
+        change_count = await _pass(migration, snapshot, late)
         migration.save()
         snapshot.commit()
-        if not found:
+        if not change_count:
             late.quiet = True
             break
     return late
@@ -254,28 +258,30 @@ async def catch_up(migration: Migration, snapshot: Snapshot) -> CatchUp:
 async def _pass(migration: Migration, snapshot: Snapshot, late: CatchUp) -> int:
     """Compare the whole old collection with the snapshot; return the number of late changes."""
     state, size = migration.state, migration.pace.page
-    found = number = 0
+    change_count = number = 0
     title = f"catching up with {state.collection}"
     with migration.progress(title, await migration.points.count(state.source)) as tell:
         async for page in migration.points.pages(
             state.source, size, vectors=reads_vectors(migration)
         ):
-            rows = snapshot.rows([one.id for one in page.points])
+            rows = snapshot.rows([point.id for point in page.points])
             changed = [
-                one for one in page.points if one.id not in rows or _has_changed(one, rows[one.id])
+                point
+                for point in page.points
+                if point.id not in rows or _has_changed(point, rows[point.id])
             ]
             if changed:
-                found += len(changed)
+                change_count += len(changed)
                 await _carry(migration, changed, rows, snapshot, late)
             number += len(page.points)
             tell(number)
     for ids in snapshot.pages(size):
-        there = await migration.points.get_points(state.source, ids)
-        gone = [one for one in ids if one not in there]
-        if gone:
-            found += len(gone)
-            await _delete(migration, gone, snapshot, late)
-    return found
+        sources = await migration.points.get_points(state.source, ids)
+        deleted = [id_ for id_ in ids if id_ not in sources]
+        if deleted:
+            change_count += len(deleted)
+            await _delete(migration, deleted, snapshot, late)
+    return change_count
 
 
 async def _carry(
@@ -285,46 +291,54 @@ async def _carry(
     snapshot: Snapshot,
     late: CatchUp,
 ) -> None:
-    """Carry late changes of points, each part of one that no client has changed in the new one."""
+    """Carry late changes of points: the parts that no client has changed in the new collection."""
     state, counts = migration.state, migration.state.counts
-    ids = [one.id for one in changed]
+    ids = [point.id for point in changed]
     new = await migration.points.get_points(state.target, ids, vectors=True)
-    late_changes = {one.id: _late_change(one, rows.get(one.id), new.get(one.id)) for one in changed}
-    late.left += sum(one.is_left for one in late_changes.values())
-    done = await carry(migration, [one for one in changed if late_changes[one.id].has_content])
-    refused = [letter["id"] for letter in done.letters]
-    written = {point.id: point for point in done.points}
-    for one in changed:
-        change, there = late_changes[one.id], new.get(one.id)
-        if there is None or one.id in refused:
+    late_changes = {
+        point.id: _late_change(point, rows.get(point.id), new.get(point.id)) for point in changed
+    }
+    late.left += sum(change.is_left for change in late_changes.values())
+    result = await carry(
+        migration, [point for point in changed if late_changes[point.id].has_content]
+    )
+    refused = [letter["id"] for letter in result.letters]
+    carried_points = {point.id: point for point in result.points}
+    for point in changed:
+        change, target_point = late_changes[point.id], new.get(point.id)
+        if target_point is None or point.id in refused:
             continue
-        if one.id in written or change.names:
-            others = dict(there.others or {})
+        if point.id in carried_points or change.names:
+            others = dict(target_point.others or {})
             for name in change.names:
                 others.pop(name, None)
-                if name in (one.others or {}):
-                    others[name] = (one.others or {})[name]
-            written[one.id] = replace(written.get(one.id, there), others=others or None)
-    # What a client has changed since the new points were read is looked at in the next pass.
-    again = await migration.points.get_points(state.target, list(written), vectors=True)
-    moved = {one for one in written if not _is_same(again.get(one), new.get(one))}
-    points = [point for one, point in written.items() if one not in moved]
-    fresh = [one for one in points if one.id not in new]
-    known = [one for one in points if one.id in new]
+                if name in (point.others or {}):
+                    others[name] = (point.others or {})[name]
+            carried_points[point.id] = replace(
+                carried_points.get(point.id, target_point), others=others or None
+            )
+    # The next pass carries points that a client has changed since the new points were read.
+    targets_now = await migration.points.get_points(
+        state.target, list(carried_points), vectors=True
+    )
+    moved = {id_ for id_ in carried_points if not _is_same(targets_now.get(id_), new.get(id_))}
+    points = [point for id_, point in carried_points.items() if id_ not in moved]
+    fresh = [point for point in points if point.id not in new]
+    updates = [point for point in points if point.id in new]
     modes: tuple[tuple[list[Point], WriteMode], ...] = (
         (fresh, "insert_only"),
-        (known, "update_only"),
+        (updates, "update_only"),
     )
-    for some, mode in modes:
-        await migration.points.write(state.target, some, mode)
-        # On disk at once: what is carried twice may have been deleted by a client in between.
-        carried = {one.id: one for one in some}
-        snapshot.add((one for one in changed if one.id in carried), carried)
+    for batch, mode in modes:
+        await migration.points.write(state.target, batch, mode)
+        # On disk at once: a client may have deleted a point before it is carried a second time.
+        carried = {point.id: point for point in batch}
+        snapshot.add((point for point in changed if point.id in carried), carried)
         snapshot.commit()
     # A point without a new vector must not be found by its old one.
-    await migration.points.delete(state.target, [one for one in refused if one in new])
-    migration.state_file.append_dead_letters(done.letters)
-    done.add_to(counts)
+    await migration.points.delete(state.target, [id_ for id_ in refused if id_ in new])
+    migration.state_file.append_dead_letters(result.letters)
+    result.add_to(counts)
     counts.updated += len(points) - len(fresh)
     counts.dead += len(refused)
     late.written += len(points)
@@ -332,25 +346,25 @@ async def _carry(
     there_now = await migration.points.get_points(
         state.target, ids, vectors=reads_vectors(migration)
     )
-    snapshot.add((one for one in changed if one.id not in moved), there_now)
+    snapshot.add((point for point in changed if point.id not in moved), there_now)
     snapshot.commit()
 
 
 @dataclass(frozen=True, slots=True)
 class _LateChange:
-    """What of a point has changed in the old collection since the snapshot, and may be carried."""
+    """The parts of a point that have changed since the snapshot, and may be carried."""
 
     has_content: bool = False
-    """Whether its payload and its migrated vector are."""
+    """Whether these are its payload and its migrated vector."""
     names: Sequence[str] = ()
-    """Those of its other vectors that are."""
+    """The names of such other vectors."""
     is_left: bool = False
-    """Whether a part stays as it is, since a client has changed it in the new collection."""
+    """Whether a part is not carried, because a client has changed it in the new collection."""
 
 
 def _late_change(old: Point, row: SnapshotRow | None, new: Point | None) -> _LateChange:
     if row is None or not row.carried or new is None:
-        # A point that an interrupted pass has carried is there already, as it is.
+        # An interrupted pass has already carried this point.
         is_free = new is None and (row is None or not row.carried)
         is_left = not is_free and (new is None or new.digest() != old.digest())
         return _LateChange(is_free, is_left=is_left)
@@ -360,7 +374,9 @@ def _late_change(old: Point, row: SnapshotRow | None, new: Point | None) -> _Lat
     )
     names, touched = [], has_changed and is_touched and new.digest() != old.digest()
     for name in {*(row.old or {}), *(old.others or {})} if row.old is not None else ():
-        mine, theirs = (vector_digest((one or {}).get(name)) for one in (old.others, new.others))
+        mine, theirs = (
+            vector_digest((vectors or {}).get(name)) for vectors in (old.others, new.others)
+        )
         if mine == (row.old or {}).get(name):
             continue
         if theirs == (row.new or {}).get(name):
@@ -370,33 +386,33 @@ def _late_change(old: Point, row: SnapshotRow | None, new: Point | None) -> _Lat
     return _LateChange(has_changed and not is_touched, names, touched)
 
 
-def _is_same(one: Point | None, other: Point | None) -> bool:
-    """Tell whether a point is as it was."""
-    if one is None or other is None:
-        return one is other
-    return content_digest(one) == content_digest(other) and (
-        other_digests(one) == other_digests(other)
+def _is_same(before: Point | None, after: Point | None) -> bool:
+    """Tell whether a point is unchanged."""
+    if before is None or after is None:
+        return before is after
+    return content_digest(before) == content_digest(after) and (
+        other_digests(before) == other_digests(after)
     )
 
 
 async def _delete(
-    migration: Migration, gone: list[PointId], snapshot: Snapshot, late: CatchUp
+    migration: Migration, deleted: list[PointId], snapshot: Snapshot, late: CatchUp
 ) -> None:
-    rows = snapshot.rows(gone)
+    rows = snapshot.rows(deleted)
     new = await migration.points.get_points(
-        migration.state.target, gone, vectors=reads_vectors(migration)
+        migration.state.target, deleted, vectors=reads_vectors(migration)
     )
-    mine = [one for one in new if _is_untouched(rows[one], new[one])]
+    mine = [id_ for id_ in new if _is_untouched(rows[id_], new[id_])]
     await migration.points.delete(migration.state.target, mine)
     migration.state.counts.deleted += len(mine)
     late.deleted += len(mine)
     late.left += len(new) - len(mine)
-    snapshot.remove(gone)
+    snapshot.remove(deleted)
     snapshot.commit()
 
 
 def _has_changed(old: Point, row: SnapshotRow) -> bool:
-    """Tell whether a point of the old collection is another than the snapshot has."""
+    """Tell whether a point of the old collection differs from the snapshot."""
     return row.content != content_digest(old) or row.old not in (None, other_digests(old))
 
 

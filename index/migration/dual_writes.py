@@ -15,18 +15,18 @@ from .state import MigrationStateError, Phase, State, states_in
 
 @dataclass(frozen=True, slots=True)
 class DualWrite:
-    """A collection that gets points, and its partner, which is to get them as well."""
+    """A collection that gets points, and the partner collection that gets them too."""
 
     collection: str
     aliases: frozenset[str]
-    """Further names of it."""
+    """Further names of the collection."""
     space: str
     dimensions: int
-    """Of the vectors that it gets."""
+    """The dimensions of its vectors."""
     vector: str
-    """Their name in both; "" is the unnamed one."""
+    """The name of the vector in both collections; "" for the unnamed one."""
     origin: str
-    """The collection that the migration began with."""
+    """The old collection of the migration."""
     is_switched: bool
     """Whether the collection is the new one."""
     partner: str
@@ -35,7 +35,7 @@ class DualWrite:
 
 
 class DualWriteStates:
-    """The dual writes of one Qdrant, as the state files in `folder` say now."""
+    """The present dual writes of one Qdrant, from the state files in `folder`."""
 
     def __init__(self, folder: Path, place: str) -> None:
         """`place` is the URL of the server, or the folder."""
@@ -45,34 +45,34 @@ class DualWriteStates:
         self._found: Sequence[DualWrite] = ()
 
     def read(self) -> Sequence[DualWrite]:
-        """Return those of all migrations; files that have not changed are not read again.
+        """Return the dual writes of all migrations. Unchanged files are not read again.
 
-        A file that cannot be read tells nothing.
+        A file that cannot be read is ignored.
         """
         try:
-            stats = [(one.path, one.path.stat()) for one in states_in(self._folder)]
+            stats = [(file.path, file.path.stat()) for file in states_in(self._folder)]
         except OSError:
             return self._found
-        stamps = [(path, one.st_mtime_ns, one.st_size, one.st_ino) for path, one in stats]
+        stamps = [(path, stat.st_mtime_ns, stat.st_size, stat.st_ino) for path, stat in stats]
         if stamps != self._stamps:
-            self._found = tuple(found for state in self._states() if (found := dual_write(state)))
+            self._found = tuple(entry for state in self._states() if (entry := dual_write(state)))
             self._stamps = stamps
         return self._found
 
     def _states(self) -> Sequence[State]:
-        found = []
-        for one in states_in(self._folder):
+        states = []
+        for file in states_in(self._folder):
             try:
-                state = one.load()
+                state = file.load()
             except MigrationStateError:
                 continue
             if state is not None and state.place.rstrip("/") == self._place:
-                found.append(state)
-        return found
+                states.append(state)
+        return states
 
 
 def dual_write(state: State) -> DualWrite | None:
-    """Return what is to be written twice just now; None if nothing is."""
+    """Return the present dual write of a migration; None if there is none."""
     if not state.dual_write or state.old_space is None:
         return None
     old = (state.source, state.old_space, state.old_dimensions)

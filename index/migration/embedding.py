@@ -21,7 +21,7 @@ from embedding_proxy.providers.failure_backoff import Backoff
 log = logging.getLogger("embedding_proxy.migrate")
 
 MAX_ATTEMPTS = 12
-"""Attempts of one call; with the waits between them some eight minutes."""
+"""Attempts of one call; with the waits between them about eight minutes."""
 MAX_WAIT_S = 60.0
 
 Sleep = Callable[[float], Awaitable[None]]
@@ -32,12 +32,12 @@ class Look(Protocol):
 
     @property
     def key(self) -> bytes:
-        """The same for two texts only if they are one purchase."""
+        """Equal for two texts only if one purchase serves both."""
         ...
 
     @property
     def tokens(self) -> int:
-        """What it costs if it is bought."""
+        """The tokens that it costs if it is bought."""
         ...
 
     @property
@@ -47,19 +47,19 @@ class Look(Protocol):
 
 
 class Model(Protocol):
-    """The model that a migration goes to, behind our own cache and routes."""
+    """The target model of a migration, behind our own cache and routes."""
 
     name: str
     asked: str
-    """Its name as the user gave it, which may say who serves it."""
+    """The name that the user gave, which may name a provider."""
     space: Space
     dimensions: int
-    """The width of the vectors that it gives."""
+    """The width of its vectors."""
 
     async def embed(
         self, texts: Sequence[str], *, anew: bool = False
     ) -> tuple[Sequence[Vector], int]:
-        """Return a vector for each of 1…N texts, and how many were bought; `anew` buys all.
+        """Return a vector for each of 1…N texts, and the number bought; `anew` buys all.
 
         Raises EmbeddingError.
         """
@@ -85,10 +85,10 @@ class RetryingEmbedder:
     sleep: Sleep = asyncio.sleep
     bought: int = 0
     answered: bool = False
-    """Whether any text has had a vector; until then a rejection may concern all texts."""
+    """Whether any text has got a vector. Until then a rejection may concern all texts."""
 
     async def embed(self, texts: Sequence[str], *, anew: bool = False) -> list[Vector | Rejection]:
-        """Return a vector or a rejection for each text; `anew` looks into no cache.
+        """Return a vector or a rejection for each text; `anew` does not read the cache.
 
         Raises EmbeddingError if no text can be embedded just now.
         """
@@ -103,11 +103,11 @@ class RetryingEmbedder:
 
     async def _ask(self, texts: Sequence[str], *, anew: bool) -> Sequence[Vector]:
         backoff = Backoff(1, MAX_WAIT_S)
-        for tried in range(1, MAX_ATTEMPTS + 1):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 vectors, bought = await self.model.embed(texts, anew=anew)
             except (TransientError, NoProviderAvailable, DeadlineExceeded) as error:
-                if tried == MAX_ATTEMPTS:
+                if attempt == MAX_ATTEMPTS:
                     raise
                 wait_s = backoff.fail()
                 wait_s = min(MAX_WAIT_S, getattr(error, "retry_after", None) or wait_s)
@@ -131,7 +131,7 @@ class RetryingEmbedder:
         if error.index is None:
             half = len(texts) // 2
             halves = texts[:half], texts[half:]
-            return [one for some in halves for one in await self.embed(some, anew=anew)]
+            return [answer for part in halves for answer in await self.embed(part, anew=anew)]
         index = error.index
         rest = await self.embed([*texts[:index], *texts[index + 1 :]], anew=anew)
         return [*rest[:index], Rejection(str(error)), *rest[index:]]

@@ -23,16 +23,16 @@ from .runner import (
 )
 
 CALL_S = 1.0
-"""Seconds that a provider is taken to need for one call: nothing is bought to find out."""
+"""The assumed seconds of one call of a provider. Nothing is bought to measure it."""
 PASSES = 6
-"""What the copy and a comparison ask of Qdrant, in readings of the old collection as this one."""
+"""The load of a copy and a comparison on Qdrant, in passes over the old collection."""
 _SHOWN = 10
 USUAL = Limits()
 
 
 @dataclass(slots=True)
 class Plan:
-    """What is known of one collection before it is migrated."""
+    """The facts about one collection before its migration."""
 
     collection: str
     source: str
@@ -45,9 +45,9 @@ class Plan:
     points: int = 0
     without_text: int = 0
     odd_vectors: dict[str, int] = field(default_factory=dict)
-    """Points whose old vector is no good, by what is wrong with it."""
+    """The numbers of points with an unusable old vector, by the reason."""
     without_vector: int = 0
-    """Points that have no old vector; one with a text gets a new one all the same."""
+    """Points without an old vector. Those with a text get a new one."""
     others_only: int = 0
     """Points without text and old vector: carried without a new vector."""
     fields: set[str] = field(default_factory=set)
@@ -60,28 +60,28 @@ class Plan:
     to_embed: int = 0
     """Points that need a vector of the new model."""
     distinct: int = 0
-    """Texts among them, each counted once, over all collections of one command."""
+    """Distinct texts of these points, over all collections of one command."""
     cached: int = 0
     """Texts that need not be bought."""
     to_buy: int = 0
-    """Texts to buy, or the sample where vectors are copied."""
+    """Texts to buy; if vectors are copied, the sample."""
     tokens: int = 0
-    """Of the distinct texts."""
+    """Tokens of the distinct texts."""
     tokens_to_buy: int = 0
     dollars: float = 0.0
-    """Of the tokens to buy: what is in the cache costs nothing."""
+    """The price of the tokens to buy; cached texts cost nothing."""
     calls: int = 0
-    """In which the texts to buy are asked for."""
+    """The number of calls that buy the texts."""
     seconds_buying: float = 0.0
-    """An estimate: so many calls of CALL_S, and no more a minute than the provider takes."""
+    """An estimate: the calls at CALL_S each, within the provider's limits a minute."""
     seconds_moving: float = 0.0
-    """An estimate: the time that reading took just now, PASSES times."""
+    """An estimate: PASSES times the time of this reading."""
     seconds: float = 0.0
-    """Both together, or more where `--points-per-second` says so."""
+    """The sum of both, or more if `--points-per-second` requires it."""
 
 
 class Survey:
-    """Plans collections one after another; a text that several have is bought once."""
+    """Plans collections one after another. A text in several of them counts once."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - what it is made of
         self,
@@ -102,101 +102,101 @@ class Survey:
         self._seen: set[bytes] = set()
 
     async def plan(
-        self, wanted: MigrationRequest, old: SourceCollection, progress: Progress
+        self, request: MigrationRequest, old: SourceCollection, progress: Progress
     ) -> Plan:
-        """Return what migrating a collection means. Raises MigrationRefused, QdrantFailure."""
+        """Return the plan of a collection. Raises MigrationRefused, QdrantFailure."""
         model, pace = self._model, self._pace
-        decision = decide(old, wanted, model)
-        rule = await resolve_rule(self._points, old, wanted)
-        found = Plan(
-            collection=wanted.collection,
+        decision = decide(old, request, model)
+        rule = await resolve_rule(self._points, old, request)
+        plan = Plan(
+            collection=request.collection,
             source=old.name,
-            target=target_of(old, wanted, model),
+            target=target_of(old, request, model),
             width=old.width,
             dimensions=model.dimensions,
             decision=decision,
             rule=rule.source,
         )
         pages = self._points.pages(old.name, pace.page, vectors=True)
-        sampled = 0
+        sample_size = 0
         reading = 0.0
-        with progress(f"planning {wanted.collection}", old.points) as tell:
+        with progress(f"planning {request.collection}", old.points) as tell:
             while True:
-                begun = self._clock()
+                start = self._clock()
                 page = await anext(pages, None)
                 if page is None:
                     break
-                reading += self._clock() - begun
+                reading += self._clock() - start
                 texts = []
                 for point in page.points:
                     text = rule.text(point.payload)
                     wrong = vector_error(point, old.width, model.dimensions)
-                    _count(found, point, text, wrong)
+                    _count(plan, point, text, wrong)
                     if text is not None and (wrong or not decision.regime.copies):
                         texts.append(text)
-                    elif text is not None and sampled < pace.sample:
-                        # These stand for the sample: which it is will be drawn when it runs.
-                        sampled += 1
-                        await self._sampled(found, text)
-                await self._price_of(found, texts)
-                tell(found.points)
-        found.dollars = found.tokens_to_buy * self._price / 1e6
-        self._take_time(found)
-        found.seconds_moving = PASSES * reading
-        found.seconds = found.seconds_buying + found.seconds_moving
+                    elif text is not None and sample_size < pace.sample:
+                        # These points represent the sample; `run` draws the real one.
+                        sample_size += 1
+                        await self._add_sample(plan, text)
+                await self._add_purchases(plan, texts)
+                tell(plan.points)
+        plan.dollars = plan.tokens_to_buy * self._price / 1e6
+        self._estimate_time(plan)
+        plan.seconds_moving = PASSES * reading
+        plan.seconds = plan.seconds_buying + plan.seconds_moving
         if pace.points_per_second:
-            found.seconds = max(found.seconds, found.points / pace.points_per_second)
-        return found
+            plan.seconds = max(plan.seconds, plan.points / pace.points_per_second)
+        return plan
 
-    def _take_time(self, found: Plan) -> None:
-        """Estimate what buying takes, within what the provider takes in a call and in a minute."""
+    def _estimate_time(self, plan: Plan) -> None:
+        """Estimate the time of the purchases within the provider's limits a call and a minute."""
         limits, pace = self._limits, self._pace
         in_one = min(pace.page, limits.inputs)
-        found.calls = -(-found.to_buy // in_one)
+        plan.calls = -(-plan.to_buy // in_one)
         if limits.tokens:
-            found.calls = max(found.calls, -(-found.tokens_to_buy // limits.tokens))
+            plan.calls = max(plan.calls, -(-plan.tokens_to_buy // limits.tokens))
         beside = min(pace.ahead * -(-pace.page // in_one), limits.concurrency)
         minutes = max(
-            found.calls / (limits.requests_per_minute or math.inf),
-            found.tokens_to_buy / (limits.tokens_per_minute or math.inf),
+            plan.calls / (limits.requests_per_minute or math.inf),
+            plan.tokens_to_buy / (limits.tokens_per_minute or math.inf),
         )
-        found.seconds_buying = max(-(-found.calls // beside) * CALL_S, 60 * minutes)
+        plan.seconds_buying = max(-(-plan.calls // beside) * CALL_S, 60 * minutes)
 
-    async def _sampled(self, found: Plan, text: str) -> None:
+    async def _add_sample(self, plan: Plan, text: str) -> None:
         (look,) = await self._model.look([text])
-        found.to_buy += 1
-        found.tokens_to_buy += look.tokens
+        plan.to_buy += 1
+        plan.tokens_to_buy += look.tokens
 
-    async def _price_of(self, found: Plan, texts: list[str]) -> None:
-        found.to_embed += len(texts)
+    async def _add_purchases(self, plan: Plan, texts: list[str]) -> None:
+        plan.to_embed += len(texts)
         for look in await self._model.look(texts) if texts else ():
             if look.key in self._seen:
                 continue
             self._seen.add(look.key)
-            found.distinct += 1
-            found.tokens += look.tokens
+            plan.distinct += 1
+            plan.tokens += look.tokens
             if look.cached:
-                found.cached += 1
+                plan.cached += 1
             else:
-                found.to_buy += 1
-                found.tokens_to_buy += look.tokens
+                plan.to_buy += 1
+                plan.tokens_to_buy += look.tokens
 
 
-def _count(found: Plan, point: Point, text: str | None, wrong: str | None) -> None:
-    found.points += 1
-    found.fields.update(point.payload)
-    found.without_text += text is None
-    found.without_vector += point.vector is None
+def _count(plan: Plan, point: Point, text: str | None, wrong: str | None) -> None:
+    plan.points += 1
+    plan.fields.update(point.payload)
+    plan.without_text += text is None
+    plan.without_vector += point.vector is None
     if isinstance(point.id, int):
-        found.numeric_ids += 1
+        plan.numeric_ids += 1
     else:
-        found.uuid_ids += 1
+        plan.uuid_ids += 1
     if point.vector is None:
-        found.others_only += text is None
+        plan.others_only += text is None
         return
     if wrong is not None:
-        found.odd_vectors[wrong] = found.odd_vectors.get(wrong, 0) + 1
-    if text is None and (wrong is not None or not found.decision.regime.copies):
-        found.dead += 1
-        if len(found.first_dead) < _SHOWN:
-            found.first_dead.append(point.id)
+        plan.odd_vectors[wrong] = plan.odd_vectors.get(wrong, 0) + 1
+    if text is None and (wrong is not None or not plan.decision.regime.copies):
+        plan.dead += 1
+        if len(plan.first_dead) < _SHOWN:
+            plan.first_dead.append(point.id)

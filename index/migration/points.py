@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qdrant_client.models import CollectionParams, PointStruct
 
 WriteMode: TypeAlias = Literal["upsert", "insert_only", "update_only"]
-"""`insert_only` leaves alone the points that exist, `update_only` those that do not."""
+"""`insert_only` skips points that exist, `update_only` skips points that do not."""
 
 log = logging.getLogger("embedding_proxy.migrate")
 
@@ -40,10 +40,10 @@ WRITE_BYTES = 4_000_000
 _BYTES_PER_NUMBER = 12
 """About the size of a float32 in JSON."""
 _MAX_POINTS = 1 << 20
-"""Of one request, until a server says that it takes fewer."""
+"""Points of one request, until a server requests fewer."""
 
 _TOLERANCES = {"float16": 2e-3, "uint8": 0.0, "turbo16": 2e-3, "turbo8": 2e-2, "turbo4": 0.2}
-"""What a number may differ by when it is stored again, as a share of the largest of its vector."""
+"""The tolerance of a number that is stored again, as a share of the largest of its vector."""
 _FLOAT32 = 1e-5
 
 
@@ -78,32 +78,32 @@ class Points(CollectionReader):
     async def get_points(
         self, collection: str, ids: Sequence[PointId], *, vectors: bool = False
     ) -> dict[PointId, Point]:
-        """Return the points of these ids that are there."""
-        found: dict[PointId, Point] = {}
+        """Return the points of these ids that exist."""
+        points: dict[PointId, Point] = {}
         start = 0
         while start < len(ids):
-            some = ids[start : start + self._read_size.max_items]
+            batch = ids[start : start + self._read_size.max_items]
             try:
-                found |= await super().get_points(collection, some, vectors=vectors)
+                points |= await super().get_points(collection, batch, vectors=vectors)
             except TooLarge as error:
-                self._reduce(self._read_size, len(some), error)
+                self._reduce(self._read_size, len(batch), error)
             else:
-                start += len(some)
-        return found
+                start += len(batch)
+        return points
 
-    async def sample(self, collection: str, most: int) -> list[Point]:
+    async def sample(self, collection: str, count: int) -> list[Point]:
         """Return points drawn at random, with their vectors; fewer where a read takes fewer."""
         while True:
-            current = min(most, self._read_size.max_items)
+            current = min(count, self._read_size.max_items)
             try:
                 return await super().sample(collection, current)
             except TooLarge as error:
                 self._reduce(self._read_size, current, error)
 
-    async def nearest(self, collection: str, to: Vector, most: int) -> list[Point]:
-        """Return what a search with this vector finds, the nearest first, with their vectors."""
+    async def nearest(self, collection: str, to: Vector, count: int) -> list[Point]:
+        """Return the points nearest to this vector, the nearest first, with their vectors."""
         while True:
-            current = min(most, self._read_size.max_items)
+            current = min(count, self._read_size.max_items)
             try:
                 return await super().nearest(collection, to, current)
             except TooLarge as error:
@@ -122,11 +122,11 @@ class Points(CollectionReader):
     ) -> None:
         """Write points and return when they can be read. A write that is too large is halved.
 
-        A server before 1.17 knows no mode but `upsert`; so callers check first which points exist.
+        A server before 1.17 knows only the mode `upsert`; callers first check which points exist.
         """
         from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-        # Older versions of the package lack it; then the check of the caller must do.
+        # Older versions of the client lack it; then only the check of the caller applies.
         modes = getattr(models, "UpdateMode", None)
         options = {"update_mode": modes(mode)} if mode != "upsert" and modes else {}
 
@@ -140,29 +140,33 @@ class Points(CollectionReader):
             try:
                 await self.qdrant.ask(upsert, payloads)
             except Unavailable as error:
-                # A batch whose connection is cut is halved; all else is waited for.
+                # A batch whose connection is cut is halved; all other failures are retried.
                 if isinstance(error, Disconnected) and len(batch) > 1:
                     raise
                 await self.ask(upsert, payloads)
 
-        for some in _in_writes(points):
-            await send_in_batches(some, self._write_size, send)
+        for chunk in _in_writes(points):
+            await send_in_batches(chunk, self._write_size, send)
 
     async def pause(self, seconds: float) -> None:
-        """Wait for so long."""
+        """Wait for some seconds."""
         await self._sleep(seconds)
 
     async def delete(self, collection: str, ids: Sequence[PointId]) -> None:
         """Delete points, and return when they are gone."""
         start = 0
         while start < len(ids):
-            some = list(ids[start : start + self._write_size.max_items])
+            batch = list(ids[start : start + self._write_size.max_items])
             try:
-                await self.ask(lambda client, some=some: client.delete(collection, some, wait=True))  # type: ignore[misc]
+                await self.ask(
+                    lambda client, batch=batch: client.delete(  # type: ignore[misc]
+                        collection, batch, wait=True
+                    )
+                )
             except TooLarge as error:
-                self._reduce(self._write_size, len(some), error)
+                self._reduce(self._write_size, len(batch), error)
             else:
-                start += len(some)
+                start += len(batch)
 
     def _struct(self, point: Point) -> "PointStruct":
         from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
@@ -176,19 +180,19 @@ class Points(CollectionReader):
 
 def _in_writes(points: Sequence[Point]) -> Iterator[list[Point]]:
     """Split points into writes of about WRITE_BYTES at most, and one point at least."""
-    some: list[Point] = []
+    batch: list[Point] = []
     size = 0
     for point in points:
         numbers = len(point.vector or b"") // 4
-        numbers += sum(numbers_in(one) for one in (point.others or {}).values())
+        numbers += sum(numbers_in(value) for value in (point.others or {}).values())
         own = _BYTES_PER_NUMBER * numbers + len(json.dumps(point.payload, default=str))
-        if some and size + own > WRITE_BYTES:
-            yield some
-            some, size = [], 0
-        some.append(point)
+        if batch and size + own > WRITE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(point)
         size += own
-    if some:
-        yield some
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,23 +211,27 @@ class VectorType:
 
 def vector_types(params: "CollectionParams") -> dict[str, VectorType]:
     """Return how the vectors of a collection are stored, by their names; "" is the unnamed one."""
-    found: Any = params.vectors
-    dense = dict(found) if isinstance(found, Mapping) else {"": found} if found else {}
+    config: Any = params.vectors
+    dense = dict(config) if isinstance(config, Mapping) else {"": config} if config else {}
     types = {
-        name: VectorType(_datatype(one.datatype), str(one.distance.value) == "Cosine")
-        for name, one in dense.items()
+        name: VectorType(
+            _datatype(vector_params.datatype), str(vector_params.distance.value) == "Cosine"
+        )
+        for name, vector_params in dense.items()
     }
-    for name, one in (params.sparse_vectors or {}).items():
-        types[name] = VectorType(_datatype(one.index.datatype if one.index else None))
+    for name, vector_params in (params.sparse_vectors or {}).items():
+        types[name] = VectorType(
+            _datatype(vector_params.index.datatype if vector_params.index else None)
+        )
     return types
 
 
-def _datatype(found: Any) -> str:  # noqa: ANN401 - an enum of the client, or None
-    return "float32" if found is None else str(found.value)
+def _datatype(datatype: Any) -> str:  # noqa: ANN401 - an enum of the client, or None
+    return "float32" if datatype is None else str(datatype.value)
 
 
 def vector_digest(vector: Any) -> str | None:  # noqa: ANN401 - in each form that Qdrant has
-    """Return a digest of a vector in any form; None of no vector."""
+    """Return a digest of a vector in any form; None without a vector."""
     if vector is None:
         return None
     indices, numbers = _parts(vector)
@@ -234,11 +242,11 @@ def vector_digest(vector: Any) -> str | None:  # noqa: ANN401 - in each form tha
     return content.hexdigest()
 
 
-def is_copy(one: Any, other: Any, kind: VectorType) -> bool:  # noqa: ANN401 - as above
+def is_copy(vector: Any, copy: Any, kind: VectorType) -> bool:  # noqa: ANN401 - as above
     """Tell whether two vectors of any form are equal, within what their type can hold."""
-    if one is None or other is None:
-        return one is other
-    (indices, numbers), (others, theirs) = _parts(one), _parts(other)
+    if vector is None or copy is None:
+        return vector is copy
+    (indices, numbers), (others, theirs) = _parts(vector), _parts(copy)
     if numbers.shape != theirs.shape or (indices is None) != (others is None):
         return False
     if indices is not None and others is not None and not np.array_equal(indices, others):
@@ -250,14 +258,14 @@ def is_copy(one: Any, other: Any, kind: VectorType) -> bool:  # noqa: ANN401 - a
 
 
 def numbers_in(vector: Any) -> int:  # noqa: ANN401 - as above
-    """Return how many numbers the JSON of a vector has."""
+    """Return the number of numbers in the JSON of a vector."""
     if isinstance(vector, Sequence):
-        return sum(len(one) if isinstance(one, Sequence) else 1 for one in vector)
+        return sum(len(element) if isinstance(element, Sequence) else 1 for element in vector)
     return 2 * len(getattr(vector, "indices", ()))
 
 
 def _parts(vector: Any) -> tuple[NDArray[np.int64] | None, Floats]:  # noqa: ANN401 - as above
-    """Return the indices in order, None of a vector that is not sparse, and the numbers."""
+    """Return the sorted indices (None if the vector is not sparse) and the numbers."""
     if isinstance(vector, bytes):
         return None, np.frombuffer(vector, "<f4")
     if not isinstance(vector, Sequence):

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 SNAPSHOT_POLL_S = 2.0
 MAX_SNAPSHOT_POLLS = 1800
-"""How often it is asked whether a snapshot is complete: for an hour."""
+"""The number of polls for a complete snapshot: one hour."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceCollection:
-    """A collection that is to be migrated."""
+    """The old collection of a migration."""
 
     name: str
     """Its own name, never an alias."""
@@ -46,7 +46,7 @@ class SourceCollection:
 
 
 async def real_name(points: Points, name: str) -> str:
-    """Return a collection's own name, given that or an alias. Raises Missing."""
+    """Return the own name of a collection from that name or an alias. Raises Missing."""
     real = (await collection_aliases(points)).get(name)
     if real is not None:
         return real
@@ -56,7 +56,7 @@ async def real_name(points: Points, name: str) -> str:
 
 
 async def exists(points: Points, name: str) -> bool:
-    """Return whether there is a collection, or an alias of one, of this name."""
+    """Tell whether a collection or an alias has this name."""
     return await points.ask(lambda client: client.collection_exists(name))
 
 
@@ -70,15 +70,19 @@ async def look(points: Points, name: str, vector: str | None = None) -> SourceCo
     params = info.config.params
     if params.sharding_method is not None and str(params.sharding_method.value) == "custom":
         raise Rejected(f"{real} is sharded by keys of its own, which is not supported")
-    found: Any = params.vectors
-    there = dict(found) if isinstance(found, Mapping) else {"": found} if found else {}
-    single = [name for name, one in there.items() if not one.multivector_config or len(there) == 1]
+    config: Any = params.vectors
+    vectors = dict(config) if isinstance(config, Mapping) else {"": config} if config else {}
+    single = [
+        name
+        for name, vector_params in vectors.items()
+        if not vector_params.multivector_config or len(vectors) == 1
+    ]
     chosen = vector if vector is not None else single[0] if len(single) == 1 else None
-    if chosen is None or chosen not in there:
-        names = ", ".join(one or "the unnamed one" for one in there) or "none"
+    if chosen is None or chosen not in vectors:
+        names = ", ".join(vector_name or "the unnamed one" for vector_name in vectors) or "none"
         raise Rejected(f"pick one of the vectors of {real} with --vector: {names}")
-    one = there[chosen]
-    if one.multivector_config:
+    vector_params = vectors[chosen]
+    if vector_params.multivector_config:
         raise Rejected(f"{real} has a multivector, many for each point, which cannot be migrated")
     types = vector_types(params)
     kind = types.pop(chosen)
@@ -88,9 +92,9 @@ async def look(points: Points, name: str, vector: str | None = None) -> SourceCo
             " vectors; make a collection of float32 or float16 first"
         )
     count = await points.count(real)
-    distance = str(one.distance.value)
+    distance = str(vector_params.distance.value)
     return SourceCollection(
-        real, chosen, int(one.size), distance, provenance_of(info), count, kind, types
+        real, chosen, int(vector_params.size), distance, provenance_of(info), count, kind, types
     )
 
 
@@ -110,26 +114,31 @@ def target_name(source: str, model: str, dimensions: int) -> str:
     return name if name != source else f"{name}-2"
 
 
-async def make_target(points: Points, old: SourceCollection, name: str, wanted: Provenance) -> None:
-    """Make the new collection like the old one but for the width, with its payload indexes.
+async def make_target(
+    points: Points, old: SourceCollection, name: str, provenance: Provenance
+) -> None:
+    """Make the new collection: the configuration and payload indexes of the old one, another width.
 
-    An existing one is used if it says that it holds these vectors, or if it was made by this
-    migration (an interrupted one). Raises OtherSpace, QdrantFailure.
+    An existing collection is used if its metadata has this provenance, or if an interrupted run of
+    this migration made it. Raises OtherSpace, QdrantFailure.
     """
     info = await _info(points, old.name)
-    config = _config_like(info, old, wanted)
+    config = _config_like(info, old, provenance)
     if not await exists(points, name):
         with contextlib.suppress(Exists):  # an attempt before, whose answer was lost
             await points.ask(lambda client: client.create_collection(name, **config))
-    made = await _info(points, name)
-    found = provenance_of(made)
-    if found is not None and (found.space, found.dimensions) != (wanted.space, wanted.dimensions):
-        raise OtherSpace(f"{name} holds vectors of {found}, and not of {wanted}; see --into")
-    if _width(made, old.vector) != wanted.dimensions:
-        raise OtherSpace(f"{name} has other vectors than {wanted}; see --into")
-    await _set_reading(points, name, info, made)
+    target = await _info(points, name)
+    actual = provenance_of(target)
+    if actual is not None and (actual.space, actual.dimensions) != (
+        provenance.space,
+        provenance.dimensions,
+    ):
+        raise OtherSpace(f"{name} holds vectors of {actual}, and not of {provenance}; see --into")
+    if _width(target, old.vector) != provenance.dimensions:
+        raise OtherSpace(f"{name} has other vectors than {provenance}; see --into")
+    await _set_reading(points, name, info, target)
     for field, schema in info.payload_schema.items():
-        if field not in made.payload_schema:
+        if field not in target.payload_schema:
             kind: Any = schema.params or schema.data_type
             await points.ask(
                 lambda client, field=field, kind=kind: client.create_payload_index(  # type: ignore[misc]
@@ -147,20 +156,20 @@ async def owner(points: Points, name: str) -> tuple[Provenance | None, int] | No
 
 async def aliases_of(points: Points, name: str) -> list[str]:
     """Return the aliases of a collection, sorted."""
-    found = await collection_aliases(points)
-    return sorted(alias for alias, real in found.items() if real == name)
+    aliases = await collection_aliases(points)
+    return sorted(alias for alias, real in aliases.items() if real == name)
 
 
 async def switch(points: Points, to: str, aliases: Sequence[str]) -> None:
     """Point all these aliases, also new ones, to a collection in one atomic step."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-    there = await collection_aliases(points)
+    aliases_now = await collection_aliases(points)
     operations: list[Any] = []
     for alias in aliases:
-        if alias in there:
-            gone = models.DeleteAlias(alias_name=alias)
-            operations.append(models.DeleteAliasOperation(delete_alias=gone))
+        if alias in aliases_now:
+            deletion = models.DeleteAlias(alias_name=alias)
+            operations.append(models.DeleteAliasOperation(delete_alias=deletion))
         new = models.CreateAlias(collection_name=to, alias_name=alias)
         operations.append(models.CreateAliasOperation(create_alias=new))
     if operations:
@@ -168,7 +177,7 @@ async def switch(points: Points, to: str, aliases: Sequence[str]) -> None:
 
 
 async def make_snapshot(points: Points, name: str) -> str:
-    """Let the server make a snapshot of a collection, which stays when that is deleted.
+    """Make a snapshot of a collection on the server. It stays when the collection is deleted.
 
     Returns its name once it is complete. Raises Rejected for a folder, which has none.
     """
@@ -176,14 +185,17 @@ async def make_snapshot(points: Points, name: str) -> str:
         raise Rejected("a folder has no snapshots: copy the folder itself instead")
 
     async def names() -> set[str]:
-        return {one.name for one in await points.ask(lambda client: client.list_snapshots(name))}
+        return {
+            snapshot.name
+            for snapshot in await points.ask(lambda client: client.list_snapshots(name))
+        }
 
     before = await names()
     # The call takes longer than a call may where there is much: so its end is asked for.
     await points.ask(lambda client: client.create_snapshot(name, wait=False))
     for _ in range(MAX_SNAPSHOT_POLLS):
-        if made := await names() - before:
-            return max(made)
+        if new_names := await names() - before:
+            return max(new_names)
         await points.pause(SNAPSHOT_POLL_S)
     raise Rejected(f"Qdrant has not made a snapshot of {name} in time; nothing is deleted")
 
@@ -199,62 +211,66 @@ async def _info(points: Points, name: str) -> "CollectionInfo":
 
 
 def _width(info: "CollectionInfo", vector: str) -> int:
-    found: Any = info.config.params.vectors
-    one = found.get(vector) if isinstance(found, Mapping) else None if vector else found
-    return int(one.size) if one else 0
+    config: Any = info.config.params.vectors
+    vector_params = (
+        config.get(vector) if isinstance(config, Mapping) else None if vector else config
+    )
+    return int(vector_params.size) if vector_params else 0
 
 
 async def _set_reading(
-    points: Points, name: str, info: "CollectionInfo", made: "CollectionInfo"
+    points: Points, name: str, info: "CollectionInfo", target: "CollectionInfo"
 ) -> None:
-    """Set what of a configuration the call that makes a collection does not take."""
+    """Set the parts of a configuration that a new collection cannot get when it is made."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     fields = ("read_fan_out_factor", "read_fan_out_delay_ms")
-    wanted, found = info.config.params, made.config.params
-    given = {
-        one: value
-        for one in fields
-        if (value := getattr(wanted, one, None)) != getattr(found, one, None)
+    source_params, target_params = info.config.params, target.config.params
+    changes = {
+        field: value
+        for field in fields
+        if (value := getattr(source_params, field, None)) != getattr(target_params, field, None)
     }
-    if given:
-        diff = models.CollectionParamsDiff(**given)
+    if changes:
+        diff = models.CollectionParamsDiff(**changes)
         await points.ask(lambda client: client.update_collection(name, collection_params=diff))
 
 
 def _config_like(
-    info: "CollectionInfo", old: SourceCollection, wanted: Provenance
+    info: "CollectionInfo", old: SourceCollection, provenance: Provenance
 ) -> dict[str, Any]:
     """Return the configuration of an existing collection with another width of one vector."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     config, params = info.config, info.config.params
-    found: Any = params.vectors
+    source_vectors: Any = params.vectors
 
-    def widened(name: str, one: Any) -> Any:  # noqa: ANN401 - VectorParams
-        size = wanted.dimensions if name == old.vector else one.size
-        return one.model_copy(update={"size": size})
+    def widened(name: str, vector_params: Any) -> Any:  # noqa: ANN401 - VectorParams
+        size = provenance.dimensions if name == old.vector else vector_params.size
+        return vector_params.model_copy(update={"size": size})
 
-    if isinstance(found, Mapping):
-        vectors: Any = {name: widened(name, one) for name, one in found.items()}
+    if isinstance(source_vectors, Mapping):
+        vectors: Any = {
+            name: widened(name, vector_params) for name, vector_params in source_vectors.items()
+        }
     else:
-        vectors = widened("", found)
+        vectors = widened("", source_vectors)
     old_metadata = {k: v for k, v in (config.metadata or {}).items() if k != KEY}
-    made = {
+    options = {
         "vectors_config": vectors,
         "hnsw_config": _fields_of(config.hnsw_config, models.HnswConfigDiff),
         "optimizers_config": _fields_of(config.optimizer_config, models.OptimizersConfigDiff),
         "wal_config": _fields_of(config.wal_config, models.WalConfigDiff),
         "quantization_config": config.quantization_config,
         "sparse_vectors_config": params.sparse_vectors,
-        "metadata": {**old_metadata, **wanted.as_metadata()},
+        "metadata": {**old_metadata, **provenance.as_metadata()},
     }
     strict = getattr(config, "strict_mode_config", None)
     if strict is not None:
-        made["strict_mode_config"] = _fields_of(strict, models.StrictModeConfig)
-    # The package knows some of these only since a later version.
-    made |= {name: getattr(params, name, None) for name in _PARAMS}
-    return {key: value for key, value in made.items() if value is not None}
+        options["strict_mode_config"] = _fields_of(strict, models.StrictModeConfig)
+    # Older versions of the client do not know some of these.
+    options |= {name: getattr(params, name, None) for name in _PARAMS}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 _PARAMS = (
@@ -268,7 +284,7 @@ _PARAMS = (
 
 
 def _fields_of(config: Any, model: Any) -> Any:  # noqa: ANN401 - pydantic models, or None
-    """Return a configuration as another model of the same fields; None of none."""
+    """Return a configuration as another model with the same fields; None without one."""
     if config is None:
         return None
     values = config.model_dump(exclude_none=True)

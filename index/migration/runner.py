@@ -73,22 +73,24 @@ class Decision:
 
 
 def choose(
-    asked: Regime, old: Space | None, old_width: int, new: Space, new_width: int
+    request: Regime, old: Space | None, old_width: int, new: Space, new_width: int
 ) -> Decision:
     """Return the regime for vectors of `old_width` numbers of the space `old` (None = unknown).
 
     Raises RegimeRefused if the requested one cannot give right vectors.
     """
-    found = _cheapest(old, old_width, new, new_width)
-    if asked in (Regime.AUTO, found.regime):
-        return found
-    if asked is Regime.REEMBED:
-        return Decision(asked, f"asked for, although `{found.regime}` would do: {found.why}")
-    raise RegimeRefused(f"--regime {asked}: {found.why}")
+    cheapest = _cheapest(old, old_width, new, new_width)
+    if request in (Regime.AUTO, cheapest.regime):
+        return cheapest
+    if request is Regime.REEMBED:
+        return Decision(
+            request, f"asked for, although `{cheapest.regime}` would do: {cheapest.why}"
+        )
+    raise RegimeRefused(f"--regime {request}: {cheapest.why}")
 
 
 def _cheapest(old: Space | None, old_width: int, new: Space, new_width: int) -> Decision:
-    """Return the cheapest regime that is right."""
+    """Return the cheapest correct regime."""
     if old is None:
         return Decision(
             Regime.REEMBED,
@@ -115,31 +117,31 @@ Progress = Callable[[str, float], AbstractContextManager[Callable[[float], None]
 
 
 class MigrationRefused(Exception):
-    """The migration cannot be done, or continue, in this way; the message says what to do."""
+    """The migration cannot begin or continue in this way; the message has the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a migration goes, and how careful it is."""
+    """The speed and the checks of a migration."""
 
     page: int = 128
     """Points in one read, and texts in one call."""
     ahead: int = 2
-    """Pages that are embedded concurrently; they are written in order. A kill may lose so many."""
+    """Pages that are embedded concurrently and written in order. A kill may lose as many."""
     points_per_second: float | None = None
-    """At most so many; None = as fast as it goes."""
+    """The largest rate; None = no limit."""
     sample: int = 10
-    """Texts that are embedded to verify that vectors may be copied, and the result."""
+    """Texts that are embedded to verify a copy, and the result."""
     passes: int = 5
-    """Whole comparisons at most; then the old collection changes too fast."""
+    """The most whole comparisons. If more are needed, the old collection changes too fast."""
 
 
 DEFAULT = Pace()
 DEFAULT_FIELD = "content"
-"""The field of the text where nothing says which it is."""
+"""The field of the text if nothing names another one."""
 MAX_NAMES = 40
 OWN_FIELD = "text"
-"""The field of the text in a collection of the proxy's own."""
+"""The field of the text in a collection that the proxy has made."""
 
 
 @dataclass(slots=True)
@@ -148,18 +150,18 @@ class MigrationRequest:
 
     collection: str
     rule: Rule | None = None
-    """Where the texts are; None = where the collection, or a migration under way, says."""
+    """The rule for the texts; None = that of the collection or of a migration in progress."""
     regime: Regime = Regime.AUTO
     old_space: Space | None = None
     """The space of the old vectors, if the user gives it."""
     vector: str | None = None
     into: str | None = None
-    """The name of the new collection; None = it is derived from the old one's and the model's."""
+    """The name of the new collection; None = derived from the old name and the model."""
 
 
 @dataclass(slots=True)
 class Migration:
-    """The migration of one collection, with what all its steps need."""
+    """The migration of one collection: the objects that its steps share."""
 
     points: Points
     model: Model
@@ -181,7 +183,7 @@ class Migration:
         return Regime(self.state.regime)
 
     def vector_error(self, point: Point) -> str | None:
-        """Say what is wrong with the old vector of a point; None if it is sound."""
+        """Return the fault of a point's old vector; None if it is sound."""
         return vector_error(point, self.old.width, self.model.dimensions)
 
     def save(self) -> None:
@@ -192,7 +194,7 @@ class Migration:
 
 
 def vector_error(point: Point, width: int, new_width: int) -> str | None:
-    """Say what is wrong with a point's vector; None if it is sound, and so is its head."""
+    """Return the fault of a point's vector or of its head; None if both are sound."""
     if point.vector is None:
         return "there is no vector"
     try:
@@ -203,38 +205,39 @@ def vector_error(point: Point, width: int, new_width: int) -> str | None:
     return None
 
 
-def decide(old: SourceCollection, wanted: MigrationRequest, model: Model) -> Decision:
+def decide(old: SourceCollection, request: MigrationRequest, model: Model) -> Decision:
     """Return the regime for a collection, and why. Raises MigrationRefused.
 
     The old space is unknown if neither the user nor the collection names it.
     """
-    space, found = wanted.old_space, old.provenance
-    if space is not None and found is not None and found.space != space.label:
+    space, provenance = request.old_space, old.provenance
+    if space is not None and provenance is not None and provenance.space != space.label:
         raise MigrationRefused(
-            f"{old.name} says that its vectors are of {found.space}, and --from is {space.label}"
+            f"{old.name} says that its vectors are of {provenance.space}, and --from is"
+            f" {space.label}"
         )
-    if space is None and found is not None and found.space == model.space.label:
+    if space is None and provenance is not None and provenance.space == model.space.label:
         space = model.space
-    if space is None and found is not None:
-        space = Space(found.space, found.dimensions)
+    if space is None and provenance is not None:
+        space = Space(provenance.space, provenance.dimensions)
     try:
-        return choose(wanted.regime, space, old.width, model.space, model.dimensions)
+        return choose(request.regime, space, old.width, model.space, model.dimensions)
     except ValueError as error:
         raise MigrationRefused(f"{old.name}: {error}") from error
 
 
 async def resolve_rule(
-    points: Points, old: SourceCollection, wanted: MigrationRequest, known: State | None = None
+    points: Points, old: SourceCollection, request: MigrationRequest, state: State | None = None
 ) -> Rule:
     """Return where the texts of a collection are. Raises MigrationRefused if no point has any.
 
-    What the user says counts most, then what a migration under way says, then the collection
-    itself: one of the proxy's own has them in `text`, if its metadata names no other template.
+    The user's request comes first, then a migration in progress, then the metadata of the
+    collection. A collection of the proxy has its texts in `text` if they name no template.
     """
-    rule = wanted.rule
+    rule = request.rule
     try:
-        if rule is None and known is not None and known.phase is not Phase.FINALIZED:
-            rule = Rule.read(known.rule)
+        if rule is None and state is not None and state.phase is not Phase.FINALIZED:
+            rule = Rule.read(state.rule)
         elif rule is None and old.provenance is not None:
             own = old.provenance.text
             rule = Rule.field(OWN_FIELD) if own is None else Rule.read(own)
@@ -264,28 +267,28 @@ async def resolve_rule(
 def join_names(fields: Collection[str]) -> str:
     """Return the names of fields for a message, the first MAX_NAMES of many."""
     names = sorted(fields)
-    more = f", … ({len(names):,} in all)" if len(names) > MAX_NAMES else ""
-    return (", ".join(names[:MAX_NAMES]) or "none") + more
+    rest = f", … ({len(names):,} in all)" if len(names) > MAX_NAMES else ""
+    return (", ".join(names[:MAX_NAMES]) or "none") + rest
 
 
-def target_of(old: SourceCollection, wanted: MigrationRequest, model: Model) -> str:
+def target_of(old: SourceCollection, request: MigrationRequest, model: Model) -> str:
     """Return the name of the new collection."""
-    return wanted.into or qdrant.target_name(old.name, model.name, model.dimensions)
+    return request.into or qdrant.target_name(old.name, model.name, model.dimensions)
 
 
 def state_for(
-    points: Points, old: SourceCollection, wanted: MigrationRequest, rule: Rule, model: Model
+    points: Points, old: SourceCollection, request: MigrationRequest, rule: Rule, model: Model
 ) -> State:
     """Return the state of a migration that has not begun. Raises MigrationRefused."""
-    decision = decide(old, wanted, model)
+    decision = decide(old, request, model)
     space = None if old.provenance is None else old.provenance.space
-    if space is None and wanted.old_space is not None:
-        space = wanted.old_space.label
+    if space is None and request.old_space is not None:
+        space = request.old_space.label
     return State(
         place=str(points.qdrant),
-        collection=wanted.collection,
+        collection=request.collection,
         source=old.name,
-        target=target_of(old, wanted, model),
+        target=target_of(old, request, model),
         vector=old.vector,
         model=model.asked,
         space=model.space.label,
@@ -303,32 +306,32 @@ async def begin(migration: Migration, *, dual_write: bool | None = None) -> None
 
     `dual_write` says whether the proxy is to write to both collections; None = as before.
     """
-    known = migration.state_file.load()
+    saved = migration.state_file.load()
     fresh = migration.state
-    if known is not None and known.phase is not Phase.FINALIZED:
-        if known.phase in (Phase.SWITCHING, Phase.SWITCHED):
+    if saved is not None and saved.phase is not Phase.FINALIZED:
+        if saved.phase in (Phase.SWITCHING, Phase.SWITCHED):
             raise MigrationRefused(
-                f"{known.collection} was migrated to {known.target}, and the cutover has begun:"
+                f"{saved.collection} was migrated to {saved.target}, and the cutover has begun:"
                 " go on with `cutover`, `rollback` or `finalize`"
             )
-        if known.fingerprint() != fresh.fingerprint():
+        if saved.fingerprint() != fresh.fingerprint():
             raise MigrationRefused(
-                f"a migration of {known.collection} to {known.target} is under way ({known.model},"
-                f" {known.dimensions} numbers, {known.regime}, text from {known.rule}); ask for"
+                f"a migration of {saved.collection} to {saved.target} is under way ({saved.model},"
+                f" {saved.dimensions} numbers, {saved.regime}, text from {saved.rule}); ask for"
                 " that one to go on, or give --restart to begin anew with an empty collection"
             )
-        migration.state = known
-        known.old_space, known.old_dimensions = fresh.old_space, fresh.old_dimensions
-        if known.phase is Phase.ROLLED_BACK:
-            known.phase = Phase.COPYING
+        migration.state = saved
+        saved.old_space, saved.old_dimensions = fresh.old_space, fresh.old_dimensions
+        if saved.phase is Phase.ROLLED_BACK:
+            saved.phase = Phase.COPYING
     elif fresh.target == fresh.source:
         raise MigrationRefused(f"{fresh.source} cannot be migrated into itself; see --into")
     else:
-        found = await qdrant.owner(migration.points, fresh.target)
-        if found is not None and found[1]:
+        existing = await qdrant.owner(migration.points, fresh.target)
+        if existing is not None and existing[1]:
             raise MigrationRefused(
-                f"there is a collection {fresh.target} of {found[1]:,} points already, which this"
-                " migration did not make; name another one with --into"
+                f"there is a collection {fresh.target} of {existing[1]:,} points already, which"
+                " this migration did not make; name another one with --into"
             )
     lack = await no_insert_only(migration.points.qdrant)
     if lack is not None:
@@ -339,14 +342,14 @@ async def begin(migration: Migration, *, dual_write: bool | None = None) -> None
     _check_dual_write(migration)
     state.names = await qdrant.aliases_of(migration.points, state.source)
     origin = origin_of(migration.old.name, migration.old.provenance)
-    wanted = Provenance(state.space, state.dimensions, state.rule, origin=origin)
-    # The collection made next is ours: so the state is saved first.
+    provenance = Provenance(state.space, state.dimensions, state.rule, origin=origin)
+    # Saved first, so that the state shows that this migration made the collection.
     migration.save()
-    await qdrant.make_target(migration.points, migration.old, state.target, wanted)
+    await qdrant.make_target(migration.points, migration.old, state.target, provenance)
 
 
 def _check_dual_write(migration: Migration) -> None:
-    """Raise MigrationRefused if the proxy is to write to both collections, and cannot."""
+    """Raise MigrationRefused if dual writes are requested and impossible."""
     state = migration.state
     if state.dual_write and state.old_space is None:
         raise MigrationRefused(
@@ -356,11 +359,11 @@ def _check_dual_write(migration: Migration) -> None:
 
 async def restart(points: Points, state_file: MigrationState) -> None:
     """Delete the collection of an unfinished migration. Raises MigrationRefused, QdrantFailure."""
-    known = state_file.load()
-    if known is None:
+    saved = state_file.load()
+    if saved is None:
         return
-    if known.phase in (Phase.SWITCHING, Phase.SWITCHED):
-        raise MigrationRefused(f"{known.target} is in use: `rollback` first")
-    if known.phase is not Phase.FINALIZED:
-        await qdrant.delete(points, known.target)
+    if saved.phase in (Phase.SWITCHING, Phase.SWITCHED):
+        raise MigrationRefused(f"{saved.target} is in use: `rollback` first")
+    if saved.phase is not Phase.FINALIZED:
+        await qdrant.delete(points, saved.target)
     state_file.forget()

@@ -40,7 +40,7 @@ class SnapshotRow:
     content: bytes
     """The digest of its payload, and of its old vector if that was read."""
     carried: bool
-    """Whether the new collection had it, too."""
+    """Whether the new collection had it too."""
     old: Digests | None
     """Its other vectors in the old collection; None in a snapshot of an earlier version."""
     new: Digests | None
@@ -79,70 +79,70 @@ class Snapshot:
         new: Mapping[PointId, Point],
         with_text: Collection[PointId] = (),
     ) -> None:
-        """Store points of the old collection, and what the new one has of them.
+        """Store points of the old collection with their state in the new one.
 
-        `with_text` are those whose vector can be compared with a text.
+        `with_text` are the ids of points whose vector can be compared with a text.
         """
         self._many(
             "INSERT OR REPLACE INTO seen (id, payload, whole, carried, vectors, text)"
             " VALUES (?, ?, ?, ?, ?, ?)",
             [
                 (
-                    _key(one.id),
-                    one.digest(),
-                    content_digest(one),
-                    one.id in new,
-                    _vectors_json(one, new.get(one.id)),
-                    one.id in with_text,
+                    _key(point.id),
+                    point.digest(),
+                    content_digest(point),
+                    point.id in new,
+                    _vectors_json(point, new.get(point.id)),
+                    point.id in with_text,
                 )
-                for one in points
+                for point in points
             ],
         )
 
     def remove(self, ids: Sequence[PointId]) -> None:
         """Delete the rows of points."""
-        self._many("DELETE FROM seen WHERE id = ?", [(_key(one),) for one in ids])
+        self._many("DELETE FROM seen WHERE id = ?", [(_key(id_),) for id_ in ids])
 
     def rows(self, ids: Sequence[PointId]) -> dict[PointId, SnapshotRow]:
-        """Return the rows of these ids, of those that have one."""
-        found = {}
-        for one in ids:
+        """Return the rows of these ids that exist."""
+        rows = {}
+        for id_ in ids:
             row = self._run(
-                "SELECT payload, whole, carried, vectors FROM seen WHERE id = ?", (_key(one),)
+                "SELECT payload, whole, carried, vectors FROM seen WHERE id = ?", (_key(id_),)
             ).fetchone()
             if row is not None:
                 digests = (None, None, None) if row[3] is None else orjson.loads(row[3])
-                found[one] = SnapshotRow(row[0], row[1], bool(row[2]), *digests)
-        return found
+                rows[id_] = SnapshotRow(row[0], row[1], bool(row[2]), *digests)
+        return rows
 
     def counts(self) -> tuple[int, int]:
-        """Return how many points there are, and how many of them the new collection had."""
+        """Return the number of points, and the number that the new collection had."""
         total, carried = self._run("SELECT count(*), total(carried) FROM seen").fetchone()
         return total, int(carried)
 
     def draw(self, number: int, *, with_text: bool) -> list[PointId]:
         """Return points that the new collection had, drawn at random; or of those with a text."""
-        found = self._run(
+        rows = self._run(
             "SELECT id FROM seen WHERE carried AND (text OR ?) ORDER BY random() LIMIT ?",
             (not with_text, number),
         )
-        return [orjson.loads(key) for (key,) in found]
+        return [orjson.loads(key) for (key,) in rows]
 
     def pages(self, size: int) -> Iterator[list[PointId]]:
         """Yield all ids, some at a time; those of a page may be removed before the next."""
         after = b""
         while True:
-            found = self._run(
+            rows = self._run(
                 "SELECT id FROM seen WHERE id > ? ORDER BY id LIMIT ?", (after, size)
             ).fetchall()
-            if not found:
+            if not rows:
                 return
-            yield [orjson.loads(key) for (key,) in found]
-            after = found[-1][0]
+            yield [orjson.loads(key) for (key,) in rows]
+            after = rows[-1][0]
 
     def _upgrade(self) -> None:
-        """Give the file of an earlier version its new columns."""
-        columns = {one[1] for one in self._sql.execute("PRAGMA table_info(seen)")}
+        """Add the new columns to the file of an earlier version."""
+        columns = {column[1] for column in self._sql.execute("PRAGMA table_info(seen)")}
         if columns and "vectors" not in columns:
             self._sql.execute("ALTER TABLE seen ADD COLUMN vectors BLOB")
             self._sql.execute("ALTER TABLE seen ADD COLUMN text INTEGER")
@@ -171,14 +171,14 @@ class Snapshot:
 
 def content_digest(point: Point) -> bytes:
     """Return a digest of the payload and the vector of a point."""
-    told = hashlib.blake2b(point.digest(), digest_size=16)
-    told.update(point.vector or b"")
-    return told.digest()
+    digest = hashlib.blake2b(point.digest(), digest_size=16)
+    digest.update(point.vector or b"")
+    return digest.digest()
 
 
 def other_digests(point: Point) -> Digests:
-    """Return the digests of a point's vectors beside the one that is migrated."""
-    return {name: vector_digest(one) for name, one in (point.others or {}).items()}
+    """Return the digests of a point's other vectors."""
+    return {name: vector_digest(vector) for name, vector in (point.others or {}).items()}
 
 
 def _vectors_json(old: Point, new: Point | None) -> bytes:
@@ -187,5 +187,5 @@ def _vectors_json(old: Point, new: Point | None) -> bytes:
     return orjson.dumps([other_digests(old), theirs, own])
 
 
-def _key(one: PointId) -> bytes:
-    return orjson.dumps(one)
+def _key(id_: PointId) -> bytes:
+    return orjson.dumps(id_)

@@ -19,7 +19,7 @@ from embedding_proxy.cache import atomic_file, private_files
 from embedding_proxy.index.collection_reader import PointId
 
 FOLDER = "migrations"
-"""The folder of all states in that of the cache."""
+"""The folder of all states, inside the folder of the cache."""
 FORMAT = 1
 """Version of the file; one of another version is not touched."""
 
@@ -29,7 +29,7 @@ class MigrationStateError(Exception):
 
 
 class Phase(StrEnum):
-    """How far a migration is; the order is that of the work."""
+    """The phases of a migration, in order."""
 
     COPYING = "copying"
     """`run` is under way, or was interrupted."""
@@ -47,24 +47,24 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class Counts:
-    """What `run` has done, over all its starts."""
+    """The counts of `run`, over all its starts."""
 
     points: int = 0
-    """Points of the old collection that were looked at, or were there at the last whole pass."""
+    """Points of the old collection that were read, or that existed at the last whole pass."""
     copied: int = 0
     """Written with the old vector, or a part of it."""
     embedded: int = 0
     """Written with a vector of the new model: bought, or found in the cache."""
     bought: int = 0
-    """Inputs that a provider was asked for, those of the sample included."""
+    """Inputs that were bought, with those of the sample."""
     updated: int = 0
-    """Written again, since the old collection changed meanwhile."""
+    """Written again, because the old collection changed meanwhile."""
     deleted: int = 0
-    """Deleted again, since they were deleted in the old collection."""
+    """Deleted again, because they were deleted in the old collection."""
     dead: int = 0
     """Points that could not be carried; the dead letters say why."""
     without_vector: int = 0
-    """Written without a vector of the new model: they have no old one either, and no text."""
+    """Written without a vector of the new model, because they have no text and no old vector."""
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class State:
     first_pass_done: bool = False
     counts: Counts = field(default_factory=Counts)
     proof: float | None = None
-    """The smallest cosine of the sampled texts; None where nothing is to be proved, or not yet."""
+    """The smallest cosine of the sampled texts; None before the check, and if there is none."""
     proved: list[PointId] = field(default_factory=list)
     """The points whose texts were the sample."""
     aliases: list[str] = field(default_factory=list)
@@ -103,7 +103,7 @@ class State:
     names: list[str] = field(default_factory=list)
     """The aliases of the old collection when `run` began."""
     old_space: str | None = None
-    """The label of the space of the old vectors; None if nobody knows."""
+    """The label of the space of the old vectors; None if it is not known."""
     old_dimensions: int = 0
     dual_write: bool = False
     """Whether the proxy writes what it indexes to both collections."""
@@ -113,8 +113,8 @@ class State:
 
     def fingerprint(self) -> str:
         """Return a digest of all that decides what the new collection holds."""
-        told = [self.source, self.vector, self.target, self.space, self.dimensions, self.rule]
-        return hashlib.blake2b(orjson.dumps([*told, self.regime]), digest_size=8).hexdigest()
+        parts = [self.source, self.vector, self.target, self.space, self.dimensions, self.rule]
+        return hashlib.blake2b(orjson.dumps([*parts, self.regime]), digest_size=8).hexdigest()
 
 
 class MigrationState:
@@ -190,15 +190,15 @@ def _lines(letters: Iterable[Mapping[str, object]]) -> bytes:
 def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}")
-    known = {one.name for one in fields(State)}
-    given = {name: value for name, value in content.items() if name in known}
-    given["phase"] = Phase(given["phase"])
-    given["counts"] = Counts(**given["counts"])
-    return State(**given)
+    names = {field_.name for field_ in fields(State)}
+    values = {name: value for name, value in content.items() if name in names}
+    values["phase"] = Phase(values["phase"])
+    values["counts"] = Counts(**values["counts"])
+    return State(**values)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: whoever reads it finds the old content or the new one."""
+    """Replace a file as a whole: a reader gets the old content or the new one."""
     try:
         private_files.make_folder(path.parent)
         atomic_file.write(path, content)

@@ -5,7 +5,7 @@
     Rule.field("content")
     Rule.template("{title} {title} {description} {tags} {tags}")
 
-    Rule.brought("acme_ticket")
+    Rule.from_name("acme_ticket")
 
 A template says its fields in braces, `{meta.title}` one inside another, `{{` and `}}` for braces of
 the text. Lists are joined by spaces; what is not there is left out. What has no text at all is
@@ -29,7 +29,7 @@ Payload = Mapping[str, object]
 
 
 class TemplateError(ValueError):
-    """The template, or what stands for one, cannot be used; the message says why."""
+    """The template or reading cannot be used; the message says why."""
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Maker(Protocol):
     """Makes texts of payloads."""
 
     version: str
-    """Another one whenever it makes other texts than before."""
+    """It changes whenever the texts change."""
 
     def text(self, payload: Payload) -> str | None:
         """Return the text of a point; None if it has none."""
@@ -46,15 +46,15 @@ class Maker(Protocol):
 
 @dataclass(slots=True)
 class _Field:
-    """The text is one field of the payload."""
+    """Takes one field of the payload as the text."""
 
     name: str
     version: str = "1"
 
     def text(self, payload: Payload) -> str | None:
         """Return the field, if it is a text."""
-        found = payload.get(self.name)
-        return found if isinstance(found, str) else None
+        value = payload.get(self.name)
+        return value if isinstance(value, str) else None
 
 
 class _LlamaIndex:
@@ -63,7 +63,7 @@ class _LlamaIndex:
     version = "1"
 
     def text(self, payload: Payload) -> str | None:
-        """Return what LlamaIndex made the vector of; None if there is no node."""
+        """Return the text that LlamaIndex embedded; None if there is no node."""
         try:
             node = orjson.loads(str(payload.get("_node_content")))
         except orjson.JSONDecodeError:
@@ -93,12 +93,12 @@ READINGS: Mapping[str, Maker] = {
     "llamaindex": _LlamaIndex(),
     "mem0": _Field("data"),
 }
-"""What makes the texts of payloads that others have written, by the name that a user gives."""
+"""The readings of payloads that other tools have written, by the names that users give."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How a payload gives a text."""
+    """The rule that makes a text of a payload."""
 
     parts: tuple[tuple[str, str | None], ...]
     """Pieces of text, each followed by a field, or by none at the end."""
@@ -143,10 +143,10 @@ class Rule:
         return cls(tuple(parts), template)
 
     @classmethod
-    def brought(cls, name: str) -> Self:
+    def from_name(cls, name: str) -> Self:
         """Return the rule of READINGS, or of an installed package. Raises TemplateError."""
-        if (known := READINGS.get(name)) is not None:
-            return cls((), f"{name} {known.version}", known)
+        if (reading := READINGS.get(name)) is not None:
+            return cls((), f"{name} {reading.version}", reading)
         absent = f"no installed package brings a way to make texts called `{name}`"
         where, maker = plugins.load(plugins.TEXTS, name, TemplateError, absent)
         if not isinstance(maker, Maker):
@@ -155,10 +155,13 @@ class Rule:
 
     @classmethod
     def read(cls, source: str) -> Self:
-        """Return the rule of a source, if it is there as it was. Raises TemplateError."""
+        """Return the rule of a source; an installed package must be unchanged.
+
+        Raises TemplateError.
+        """
         if "{" in source:
             return cls.template(source)
-        rule = cls.brought(source.partition(" ")[0])
+        rule = cls.from_name(source.partition(" ")[0])
         if rule.source != source:
             raise TemplateError(f"the texts were made by {source}, and {rule.source} is installed")
         return rule
@@ -176,26 +179,26 @@ class Rule:
         (' as it is ', None, None)
         """
         if self.maker is not None:
-            return self._made(self.maker, payload or {})
+            return self._text_from(self.maker, payload or {})
         values = {name: _text(_value(payload or {}, name)) for name in self.fields}
         if not any(value.strip() for value in values.values()):
             return None
         filled = (text + (values[name] if name else "") for text, name in self.parts)
         return "".join(filled)
 
-    def _made(self, maker: Maker, payload: Payload) -> str | None:
+    def _text_from(self, maker: Maker, payload: Payload) -> str | None:
         try:
-            made = maker.text(payload)
+            text = maker.text(payload)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             raise TemplateError(f"{self.source} fails at a payload: {why}") from error
-        if made is not None and not isinstance(made, str):
-            raise TemplateError(f"{self.source} gives no text, but a {type(made).__name__}")
-        return made if made and made.strip() else None
+        if text is not None and not isinstance(text, str):
+            raise TemplateError(f"{self.source} gives no text, but a {type(text).__name__}")
+        return text if text and text.strip() else None
 
 
 def _value(payload: Payload, name: str) -> object:
-    """Return a field, by its whole name if there is one of that name, else step by step."""
+    """Return a field by its whole name, or step by step if there is no field of that name."""
     if name in payload:
         return payload[name]
     value: object = payload
@@ -221,10 +224,10 @@ def _text(value: object) -> str:
 
 def readings_of(payloads: Sequence[Payload]) -> list[str]:
     """Return the names of READINGS that find a text in some of these payloads."""
-    found = []
+    names = []
     for name in READINGS:
-        rule = Rule.brought(name)
+        rule = Rule.from_name(name)
         with contextlib.suppress(TemplateError):
             if any(rule.text(payload) is not None for payload in payloads):
-                found.append(name)
-    return found
+                names.append(name)
+    return names

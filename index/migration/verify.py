@@ -12,9 +12,9 @@ from .runner import Migration
 from .snapshot import Snapshot
 
 RECALLED_AMONG = 10
-"""A search with a point's own vector must find the point among so many."""
+"""A search with a point's own vector must find the point among this number of results."""
 TWINS = 0.99999
-"""The cosine of two vectors from which on a search may give either before the other."""
+"""From this cosine on, a search may return either of two points first."""
 _UNIT = 0.01
 
 
@@ -26,7 +26,7 @@ class CatchUp:
     """Points written to the new collection."""
     deleted: int = 0
     left: int = 0
-    """Points that stayed as they are in the new one, where they were changed since."""
+    """Points that were not carried, because clients have changed them in the new collection."""
     dead: int = 0
     """Points that cannot be carried; the dead letters say why."""
     quiet: bool = False
@@ -47,7 +47,7 @@ class Verdict:
     """Points that the last comparison of ids and payloads repaired."""
     sampled: int = 0
     cosine: float | None = None
-    """The smallest between a stored vector and its text embedded again."""
+    """The smallest cosine between a stored vector and its text embedded again."""
     recalled: int = 0
     """Sampled points that a search with their own vector found."""
     late: CatchUp | None = None
@@ -56,15 +56,15 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Whether there is no problem; dead letters are none."""
+        """Whether there is no problem. Dead letters are no problem."""
         return not self.problems
 
 
-async def verify(migration: Migration, least: float, snapshot: Snapshot) -> Verdict:
+async def verify(migration: Migration, min_cosine: float, snapshot: Snapshot) -> Verdict:
     """Compare once more, then check counts, sampled vectors and searches.
 
-    `snapshot` receives what both collections held in the last comparison. What is written from
-    then on is carried after the switch. Raises QdrantFailure, EmbeddingError.
+    `snapshot` receives the state of both collections in the last comparison. Later writes are
+    carried after the switch. Raises QdrantFailure, EmbeddingError.
     """
     state, points = migration.state, migration.points
     verdict = Verdict(verified=True)
@@ -91,7 +91,7 @@ async def verify(migration: Migration, least: float, snapshot: Snapshot) -> Verd
         )
     sample = await _sample(migration, snapshot)
     verdict.sampled = len(sample)
-    await _embed_again(migration, sample, least, verdict)
+    await _embed_again(migration, sample, min_cosine, verdict)
     await _search(migration, sample, verdict)
     if verdict.old_points and not sample:
         verdict.problems.append(
@@ -109,17 +109,17 @@ async def _sample(migration: Migration, snapshot: Snapshot) -> list[Point]:
     state, points = migration.state, migration.points
     drawn = snapshot.draw(migration.pace.sample, with_text=not migration.regime.copies)
     for ids in (state.proved, drawn):
-        there = await points.get_points(state.target, ids, vectors=True)
-        if found := [one for one in there.values() if one.vector is not None]:
-            return found
+        candidates = await points.get_points(state.target, ids, vectors=True)
+        if sample := [point for point in candidates.values() if point.vector is not None]:
+            return sample
     return []
 
 
 async def _embed_again(
-    migration: Migration, sample: list[Point], least: float, verdict: Verdict
+    migration: Migration, sample: list[Point], min_cosine: float, verdict: Verdict
 ) -> None:
     """Compare stored vectors with those of their texts, which are in the cache."""
-    texts = [(one, text) for one in sample if (text := migration.rule.text(one.payload))]
+    texts = [(point, text) for point in sample if (text := migration.rule.text(point.payload))]
     answers = await migration.embedder.embed([text for _, text in texts])
     migration.save()
     cosines = []
@@ -128,10 +128,10 @@ async def _embed_again(
             continue
         cosine = _cosine(point.vector, answer)
         cosines.append(cosine)
-        if cosine < least:
+        if cosine < min_cosine:
             verdict.problems.append(
                 f"point {point.id} of {migration.state.target} has another vector than its text"
-                f" (cosine {cosine:.3f}, wanted {least})"
+                f" (cosine {cosine:.3f}, wanted {min_cosine})"
             )
     verdict.cosine = min(cosines, default=None)
 
@@ -140,22 +140,22 @@ async def _search(migration: Migration, sample: list[Point], verdict: Verdict) -
     target = migration.state.target
     for point in sample:
         assert point.vector is not None  # noqa: S101 - no others are drawn
-        found = await migration.points.nearest(target, point.vector, RECALLED_AMONG)
-        if any(_is_it(one, point) for one in found):
+        neighbours = await migration.points.nearest(target, point.vector, RECALLED_AMONG)
+        if any(_is_it(neighbour, point) for neighbour in neighbours):
             verdict.recalled += 1
         elif _should_be_found(migration, point.vector):
             verdict.problems.append(f"a search in {target} for point {point.id} does not find it")
 
 
-def _is_it(found: Point, point: Point) -> bool:
-    """Tell whether this is the point, or one that a search cannot tell from it."""
-    return found.id == point.id or _cosine(found.vector, point.vector) >= TWINS
+def _is_it(neighbour: Point, point: Point) -> bool:
+    """Tell whether this is the point, or one that a search cannot distinguish from it."""
+    return neighbour.id == point.id or _cosine(neighbour.vector, point.vector) >= TWINS
 
 
 def _should_be_found(migration: Migration, own: Vector) -> bool:
-    """Tell whether a vector is nearest to itself: by a dot product a longer one may be nearer."""
+    """Tell whether a vector is nearest to itself. By dot product a longer one may be nearer."""
     return migration.old.distance != "Dot" or abs(vector.length(own) - 1) < _UNIT
 
 
-def _cosine(one: Vector | None, other: Vector | None) -> float:
-    return -1.0 if one is None or other is None else vector.cosine(one, other)
+def _cosine(first: Vector | None, second: Vector | None) -> float:
+    return -1.0 if first is None or second is None else vector.cosine(first, second)

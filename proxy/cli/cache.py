@@ -112,14 +112,14 @@ def check_known(
 
 
 def _unknown_name_message(
-    option: str, what: str, name: str, known: list[str], near: list[str] | None = None
+    option: str, what: str, name: str, names: list[str], near: list[str] | None = None
 ) -> str:
     near = [
-        candidate for candidate in near or () if candidate in known
-    ] or difflib.get_close_matches(name, known, 1)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
-    known_names = f"known: {join_names(map(repr, known))}" if known else "it holds nothing yet"
-    return f"{option}: the store has no {what} {name!r}{meant}; {known_names}"
+        candidate for candidate in near or () if candidate in names
+    ] or difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    known_names = f"known: {join_names(map(repr, names))}" if names else "it holds nothing yet"
+    return f"{option}: the store has no {what} {name!r}{hint}; {known_names}"
 
 
 @cache_app.command(name="backup")
@@ -145,13 +145,13 @@ def backup_store(
     except connection.StoreError as error:
         # SQLite does not say which of the two it means.
         raise WorkFailed(f"{target}: not written: {error}") from error
-    written = target.stat().st_size
+    file_bytes = target.stat().st_size
     if as_json:
-        print_json({"file": path_text(target), "bytes": written})
+        print_json({"file": path_text(target), "bytes": file_bytes})
     else:
         typer.echo(
-            f"{target}: {size(written)}; to restore it, stop all proxies, remove cache.db-wal and"
-            " cache.db-shm, and put it in the place of cache.db"
+            f"{target}: {size(file_bytes)}; to restore it, stop all proxies, remove cache.db-wal"
+            " and cache.db-shm, and put it in the place of cache.db"
         )
 
 
@@ -176,14 +176,14 @@ def export(  # noqa: PLR0913 - one parameter an option
         total, _ = count_entries(database, choice)
         with _open_target(target, force=force) as file, progress("exporting", total) as tell:
             rows = _count_rows(archive.export_rows(database, choice, report), tell)
-            written = archive.write(file, rows)
+            frame_count = archive.write(file, rows)
     damaged = count(report.damaged, "damaged one")
     left_out = f", {damaged} left out" if report.damaged else ""
     if as_json and target != STREAM:
-        print_json({"file": path_text(target), "entries": written, "damaged": report.damaged})
+        print_json({"file": path_text(target), "entries": frame_count, "damaged": report.damaged})
     else:
         typer.echo(
-            f"{target}: {count(written, 'entry', 'entries')}{left_out}", err=target == STREAM
+            f"{target}: {count(frame_count, 'entry', 'entries')}{left_out}", err=target == STREAM
         )
 
 
@@ -241,23 +241,23 @@ def show_stats(
         if columns:
             bill = [status.line(columns, *line) for line in ledger_reader.read(file.sql, columns)]
         else:
-            held = stats.gather(file)
+            store_stats = stats.gather(file)
     if columns:
         if as_json:
             print_json(bill)
         else:
             _print_bill(columns, bill)
         return
-    shown = _as_dict(settings, held)
+    values = _as_dict(settings, store_stats)
     if as_json:
-        print_json(shown)
+        print_json(values)
     else:
-        _print_stats(held, shown)
+        _print_stats(store_stats, values)
 
 
-def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
+def _as_dict(settings: Settings, store_stats: stats.Stats) -> dict[str, Any]:
     partitions = []
-    for partition in held.held:
+    for partition in store_stats.held:
         namespace, space, dimensions = partition.partition
         partitions.append(
             {
@@ -274,18 +274,18 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
         )
     return {
         "directory": path_text(settings.cache.directory.absolute()),
-        "file_bytes": held.file_bytes,
-        "data_bytes": held.data_bytes,
-        "wal_bytes": held.log_bytes,
+        "file_bytes": store_stats.file_bytes,
+        "data_bytes": store_stats.data_bytes,
+        "wal_bytes": store_stats.log_bytes,
         "size_limit_bytes": int(settings.cache.size_limit_gib * GIB),
-        "entries": held.entries,
-        "counted_since": None if held.since_day is None else held.since_day * 86_400,
-        **status.usage_fields(held.usage),
+        "entries": store_stats.entries,
+        "counted_since": None if store_stats.since_day is None else store_stats.since_day * 86_400,
+        **status.usage_fields(store_stats.usage),
         "partitions": partitions,
     }
 
 
-def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
+def _print_stats(store_stats: stats.Stats, values: dict[str, Any]) -> None:
     from rich.table import Table  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
 
     now = time.time()
@@ -304,12 +304,12 @@ def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
         "share",
     ):
         table.add_column(title, justify="right", no_wrap=True)
-    for partition in shown["partitions"]:
+    for partition in values["partitions"]:
         spans_shown = (
             "" if partition[name] is None else age(now - partition[name])
             for name in ("oldest", "last_used")
         )
-        answered = (
+        inputs = (
             partition["hits"] + partition["joins"] + partition["misses"] + partition["duplicates"]
         )
         table.add_row(
@@ -319,29 +319,29 @@ def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
             f"{partition['entries']:,}",
             size(partition["bytes"]),
             *spans_shown,
-            share(answered - partition["misses"], answered),
+            share(inputs - partition["misses"], inputs),
             f"{partition['tokens_saved']:,}",
             money(partition["usd_saved"]),
             share(partition["usd_saved"], partition["usd_saved"] + partition["usd_billed"]),
         )
-    longest = max((len(partition["space"]) for partition in shown["partitions"]), default=0)
+    longest = max((len(partition["space"]) for partition in values["partitions"]), default=0)
     out = console(MAX_TABLE_WIDTH + longest)
     out.print(
-        f"{count(held.entries, 'entry', 'entries')}: {size(held.data_bytes)} of data and"
-        f" {size(held.log_bytes)} of write-ahead log, of at most"
-        f" {size(shown['size_limit_bytes'])}",
+        f"{count(store_stats.entries, 'entry', 'entries')}: {size(store_stats.data_bytes)} of data"
+        f" and {size(store_stats.log_bytes)} of write-ahead log, of at most"
+        f" {size(values['size_limit_bytes'])}",
         soft_wrap=True,
     )
-    if shown["partitions"]:
+    if values["partitions"]:
         out.print(table)
-    usage = held.usage
+    usage = store_stats.usage
     if usage.inputs:
         out.print(
             f"{count(usage.inputs, 'input was', 'inputs were')} asked for,"
             f" {usage.misses:,} of them bought:"
             f" hit rate {share(usage.inputs - usage.misses, usage.inputs)},"
-            f" {savings(shown['usd_saved'], shown['usd_billed'])},"
-            f" {money(shown['usd_billed'])} spent.",
+            f" {savings(values['usd_saved'], values['usd_billed'])},"
+            f" {money(values['usd_billed'])} spent.",
             soft_wrap=True,
         )
 

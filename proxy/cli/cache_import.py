@@ -80,19 +80,19 @@ class Importer:
 
     def survey(self, source: Source, sample: int, chance: random.Random) -> Iterator[Survey]:
         """Read all pairs once, yielding what was found so far; draw a sample evenly from all."""
-        found = Survey()
+        survey = Survey()
         for item in self.check_pairs(source):
             if isinstance(item, RejectedPair):
-                found.refused += 1
-                if len(found.first_refused) < _MAX_SHOWN:
-                    found.first_refused.append(item)
+                survey.refused += 1
+                if len(survey.first_refused) < _MAX_SHOWN:
+                    survey.first_refused.append(item)
             else:
-                found.pairs += 1
-                if len(found.sample) < sample:
-                    found.sample.append(item)
-                elif (place := chance.randrange(found.pairs)) < sample:
-                    found.sample[place] = item
-            yield found
+                survey.pairs += 1
+                if len(survey.sample) < sample:
+                    survey.sample.append(item)
+                elif (place := chance.randrange(survey.pairs)) < sample:
+                    survey.sample[place] = item
+            yield survey
 
     def check_pairs(self, items: Iterable[Pair | RejectedPair]) -> Iterator[Pair | RejectedPair]:
         """Replace each pair whose vector cannot be one of this model by the reason."""
@@ -253,7 +253,7 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
 
 def _rule(text_by: str | None) -> Rule | None:
     try:
-        return None if text_by is None else Rule.brought(text_by)
+        return None if text_by is None else Rule.from_name(text_by)
     except TemplateError as error:
         raise loader.ConfigError(f"--text-by: {error}") from error
 
@@ -357,18 +357,18 @@ def _tell_sums(sums: archive.ImportReport, *, dry_run: bool) -> None:
 
 
 def _survey(importer: Importer, source: Source, sample: int) -> Survey:
-    found = Survey()
+    survey = Survey()
     # The sample is drawn anew each time: nobody can prepare for it.
     try:
         with progress("reading") as tell:
-            for found in importer.survey(source, sample, random.SystemRandom()):
-                tell(found.pairs + found.refused)
+            for survey in importer.survey(source, sample, random.SystemRandom()):
+                tell(survey.pairs + survey.refused)
     except SourceError as error:
         raise WorkFailed(f"{error} (0 entries taken in before)") from error
-    if not found.pairs:
-        why = f": {found.first_refused[0].why}" if found.first_refused else ""
+    if not survey.pairs:
+        why = f": {survey.first_refused[0].why}" if survey.first_refused else ""
         raise WorkFailed(f"{source.name}: there is nothing that could be taken in{why}")
-    return found
+    return survey
 
 
 async def _compare(settings: Settings, model: str, importer: Importer, survey: Survey) -> float:

@@ -103,8 +103,8 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned_namespaces)
     deleted = 0
     if dry_run:
-        with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
-            chosen = _look_up(settings, file, waiting, choice)
+        with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as outbox:
+            chosen = _look_up(settings, file, outbox, choice)
     else:
         is_full = False
         try:
@@ -133,12 +133,12 @@ def _purge_in_place(
     settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
 ) -> tuple["_Chosen", int]:
     """Do the same without room on the disk, where no proxy runs. Raises StoreError."""
-    with open_alone(settings.cache.directory) as file, _outbox_for_reading(settings) as waiting:
+    with open_alone(settings.cache.directory) as file, _outbox_for_reading(settings) as pending:
         tell_store(settings)
         typer.echo(
             "the disk is full: the store is changed in place, alone; a kill may damage it", err=True
         )
-        chosen = _look_up(settings, file, waiting, choice)
+        chosen = _look_up(settings, file, pending, choice)
         _confirm(chosen, is_sure=is_sure)
         deleted = _delete(file, chosen.choices, chosen.entries)
     # Now there is room for its log.
@@ -166,8 +166,8 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
             content["of_shared_partitions"] = chosen.of_others
         print_json({**content, "dry_run": dry_run})
         return
-    done = "would be deleted" if dry_run else "deleted"
-    typer.echo(f"{chosen.told}: {done}")
+    verb = "would be deleted" if dry_run else "deleted"
+    typer.echo(f"{chosen.told}: {verb}")
     if not dry_run and deleted != chosen.entries:
         typer.echo(f"{count(deleted, 'entry was', 'entries were')} still there to be deleted")
     if chosen.of_others:
@@ -178,7 +178,7 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
     if chosen.has_outbox:
         typer.echo(
             f"{count(len(chosen.points), 'point')} that"
-            f" {'waits' if len(chosen.points) == 1 else 'wait'} for Qdrant {done};"
+            f" {'waits' if len(chosen.points) == 1 else 'wait'} for Qdrant {verb};"
             " those in Qdrant stay"
         )
 
@@ -234,7 +234,7 @@ def _look_up(
         ),
     ]
     counts = [purge.count_entries(file, filter_) for filter_ in choices]
-    entries, held = (sum(column) for column in zip(*counts, strict=True))
+    entries, entry_bytes = (sum(column) for column in zip(*counts, strict=True))
     points, journaled = (
         [] if outbox is None else _outbox_points(outbox, file, choices, tables)
         for tables in (PENDING, JOURNAL)
@@ -249,7 +249,7 @@ def _look_up(
     return _Chosen(
         choices,
         entries,
-        held,
+        entry_bytes,
         entries - counts[0][0],
         points,
         journaled,

@@ -53,9 +53,9 @@ def verify_store(
         return
     findings = _scan(settings, for_writing=mend)
     mended = False
-    saved: Outcome | None = None
+    outcome: Outcome | None = None
     if mend and findings.broken:
-        saved = _start_anew(settings)
+        outcome = _start_anew(settings)
         mended = True
     elif mend and findings.is_repairable:
         with open_store(settings) as database:
@@ -72,11 +72,11 @@ def verify_store(
                 "broken": findings.broken,
                 "unchecked": findings.unchecked,
                 "mended": mended,
-                "salvaged": None if saved is None else saved.records,
+                "salvaged": None if outcome is None else outcome.records,
             }
         )
     else:
-        _tell(findings, mended=mended, saved=saved)
+        _tell(findings, mended=mended, outcome=outcome)
     if not (findings.sound or mended) or (findings.unchecked and not findings.broken):
         raise typer.Exit(1)
 
@@ -98,7 +98,7 @@ def _scan(settings: Settings, *, for_writing: bool) -> Findings:
     return findings
 
 
-def _tell(findings: Findings, *, mended: bool, saved: Outcome | None) -> None:
+def _tell(findings: Findings, *, mended: bool, outcome: Outcome | None) -> None:
     typer.echo(f"{count(findings.records, 'record is', 'records are')} whole")
     if findings.damaged:
         verb = "deleted" if mended else "damaged; --mend deletes them"
@@ -121,10 +121,10 @@ def _tell(findings: Findings, *, mended: bool, saved: Outcome | None) -> None:
         )
     if findings.broken:
         typer.echo(f"the file is damaged: {findings.broken}")
-        if saved is None:
+        if outcome is None:
             typer.echo("--mend moves it aside and saves what is whole in it")
         else:
-            records = count(saved.records, "record was", "records were")
+            records = count(outcome.records, "record was", "records were")
             typer.echo(f"it was moved aside; {records} saved out of it")
 
 
@@ -141,10 +141,12 @@ def _start_anew(settings: Settings) -> Outcome:
             typer.echo(f"moved to {quarantined.folder}", err=True)
         size = 0 if quarantined is None else quarantined.path.stat().st_size
         with progress("salvaging", size) as tell:
-            saved = salvage.salvage_pending(cache.directory, limit, cache.pinned_namespaces, tell)
+            outcomes = salvage.salvage_pending(
+                cache.directory, limit, cache.pinned_namespaces, tell
+            )
     except OSError as error:
         raise WorkFailed(f"{cache.directory}: {error}") from error
-    return saved[0] if saved else Outcome()
+    return outcomes[0] if outcomes else Outcome()
 
 
 def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -> None:
@@ -154,28 +156,28 @@ def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -
     if own.exists() and own.samefile(path):
         raise WorkFailed(f"{path} is the store itself: `cache verify --mend` mends it")
     add_sums = add_sums or quarantine.is_in_folder(path)
-    saved, report = _put(settings, path, add_sums=add_sums)
+    outcome, report = _put(settings, path, add_sums=add_sums)
     left_out = "" if add_sums else f"the sums of {path} are not added; --add-sums adds them"
-    if not (report.records or saved.sums):
+    if not (report.records or outcome.sums):
         raise WorkFailed(
             f"{path}: there is no record in it that is whole{left_out and '; '}{left_out}"
         )
     if as_json:
         print_json(
             {
-                "stored": saved.records,
-                "present": saved.present,
+                "stored": outcome.records,
+                "present": outcome.present,
                 "damaged": report.damaged,
-                "sums": saved.sums,
+                "sums": outcome.sums,
                 "sums_left_out": not add_sums,
             }
         )
     else:
         typer.echo(
-            f"{count(saved.records, 'record')} saved,"
-            f" {count(saved.present, 'was', 'were')} there already,"
+            f"{count(outcome.records, 'record')} saved,"
+            f" {count(outcome.present, 'was', 'were')} there already,"
             f" {count(report.damaged, 'is', 'are')} damaged;"
-            f" {count(saved.sums, 'sum')} added to the ledger"
+            f" {count(outcome.sums, 'sum')} added to the ledger"
         )
         if left_out:
             typer.echo(left_out)

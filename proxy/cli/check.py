@@ -62,7 +62,7 @@ def check(
     if store.problem:
         problems = [f"cache: {path_text(store.problem)}", *problems]
     if as_json:
-        shown = {
+        values = {
             "config": None if config_file is None else path_text(config_file),
             "cache": _cache_dict(cache, store),
             "index": qdrant and {**qdrant.as_json(), "place": path_text(qdrant.place)},
@@ -70,7 +70,7 @@ def check(
             "problems": problems,
             "ok": not problems,
         }
-        print_json(shown)
+        print_json(values)
     else:
         typer.echo(printable(f"configuration: {config_file or 'built in'}"))
         index_lines = [] if qdrant is None else [path_text(qdrant.line)]

@@ -98,8 +98,8 @@ def compare(  # noqa: PLR0913 - one parameter an option
     """
     if plot_file is not None and (plot_file.is_dir() or not plot_file.parent.is_dir()):
         raise ConfigError(f"--plot: {path_text(plot_file)} cannot be written there")
-    settings, named = loader.load_named(config_file)
-    names = tuple(dict.fromkeys(model or named))
+    settings, names = loader.load_named(config_file)
+    names = tuple(dict.fromkeys(model or names))
     if not names:
         raise ConfigError("--model: say which; the configuration names none")
     samples = sample_texts.read(texts, pairs)

@@ -66,9 +66,9 @@ def convert_old(
     if output is not None and output.exists():
         raise WorkFailed(f"{path_text(output)} exists; it is not overwritten")
     name = path_text(old_file)
-    done = convert(loader.read(old_file), name)
-    text = "\n".join([*_written(done, name), ""])
-    loader.validate_content(_sections(done), f"{name}, converted")
+    converted_config = convert(loader.read(old_file), name)
+    text = "\n".join([*_written(converted_config, name), ""])
+    loader.validate_content(_sections(converted_config), f"{name}, converted")
     if output is None:
         typer.echo(text, nl=False)
     else:
@@ -76,32 +76,32 @@ def convert_old(
             atomic_file.write(output, text.encode(), mode=0o666, exclusive=True)
         except FileExistsError as error:
             raise WorkFailed(f"{path_text(output)} exists; it is not overwritten") from error
-    for line in _report(done):
+    for line in _report(converted_config):
         typer.echo(line, err=True)
 
 
-def _sections(done: ConvertedConfig) -> dict[str, object]:
+def _sections(converted_config: ConvertedConfig) -> dict[str, object]:
     sections: dict[str, object] = {}
-    if done.providers:
-        sections |= {"providers": done.providers, "models": done.models}
-    if done.qdrant:
-        sections["index"] = {"qdrant": done.qdrant}
+    if converted_config.providers:
+        sections |= {"providers": converted_config.providers, "models": converted_config.models}
+    if converted_config.qdrant:
+        sections["index"] = {"qdrant": converted_config.qdrant}
     return sections
 
 
-def _report(done: ConvertedConfig) -> Iterator[str]:
-    for path, what in done.notes:
+def _report(converted_config: ConvertedConfig) -> Iterator[str]:
+    for path, what in converted_config.notes:
         yield printable(f"{path} -> {what}")
-    for warning in done.warnings:
+    for warning in converted_config.warnings:
         yield printable(f"warning: {warning}")
 
 
-def _written(done: ConvertedConfig, name: str) -> Iterator[str]:
+def _written(converted_config: ConvertedConfig, name: str) -> Iterator[str]:
     """Yield the lines of our file: what became of the old keys as comments, then the sections."""
     yield printable(f"# Converted from {name}. What became of its keys:")
-    for line in _report(done):
+    for line in _report(converted_config):
         yield f"#   {line}"
     yield "# All other keys have their defaults: `embedding-proxy config show` tells them."
-    for section, value in _sections(done).items():
+    for section, value in _sections(converted_config).items():
         yield ""
         yield loader.dump({section: value}).rstrip()

@@ -141,7 +141,7 @@ def _embed(
 ) -> Pass:
     """Embed all texts, some hundred a request, and take the time."""
     rows: list[list[float]] = []
-    computed = hits = 0
+    computations = hits = 0
     start = time.perf_counter()
     for i in range(0, len(texts), INPUTS_A_REQUEST):
         reply = client.embeddings.with_raw_response.create(
@@ -149,11 +149,11 @@ def _embed(
             input=texts[i : i + INPUTS_A_REQUEST],
             dimensions=dimensions or openai.omit,
         )
-        computed += int(reply.headers["x-cache-misses"])
+        computations += int(reply.headers["x-cache-misses"])
         hits += int(reply.headers["x-cache-hits"])
         rows += (item.embedding for item in reply.parse().data)
     seconds = time.perf_counter() - start
-    return Pass(title, np.array(rows, dtype=np.float32), seconds, computed, hits)
+    return Pass(title, np.array(rows, dtype=np.float32), seconds, computations, hits)
 
 
 def _table(passes: list[Pass], inputs: int, price: float) -> Table:

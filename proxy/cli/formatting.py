@@ -80,8 +80,8 @@ def join_names(names: Iterable[str], max_names: int = 20) -> str:
     ('a, b, c', 'a and 2 more')
     """
     names = list(names)
-    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
-    return ", ".join(names[:max_names]) + more
+    rest = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + rest
 
 
 def size(count: float) -> str:

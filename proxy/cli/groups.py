@@ -77,9 +77,9 @@ def plain_app(**options: Any) -> typer.Typer:  # noqa: ANN401 - as above
 def group(help_: str, places: Mapping[str, Place], **options: Any) -> typer.Typer:  # noqa: ANN401
     """Return a group of commands; `options` are those of Typer."""
     own = type("_Group", (LazyGroup,), {"places": places})
-    made = plain_app(cls=own, no_args_is_help=True, help=help_, short_help=help_, **options)
-    own.app = made  # type: ignore[attr-defined]
-    return made
+    app = plain_app(cls=own, no_args_is_help=True, help=help_, short_help=help_, **options)
+    own.app = app  # type: ignore[attr-defined]
+    return app
 
 
 cache_app = group(

@@ -53,29 +53,30 @@ def status(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> 
         collections = [] if sql is None else read_collections(sql)
     age = 0.0 if backlog.oldest is None else max(0.0, time.time() - backlog.oldest)
     if as_json:
-        told = {
+        values = {
             "backlog_points": backlog.points,
             "backlog_bytes": backlog.bytes,
             "backlog_age_s": round(age, 3),
             "refused_points": backlog.dead,
             "refused": backlog.refusals(),
-            "collections": [one._asdict() for one in collections],
+            "collections": [collection._asdict() for collection in collections],
         }
-        print_json(told)
+        print_json(values)
         return
     since = f", the first of them for {age:.0f} s" if backlog.points else ""
     typer.echo(f"waiting: {count(backlog.points, 'point')}, {size(backlog.bytes)}{since}")
     typer.echo(f"put aside: {count(backlog.dead, 'point')}")
-    for collection, reason, points in backlog.reasons:
-        typer.echo(printable(f"  {collection}: {count(points, 'point')}: {reason}"))
-    for one in collections:
-        typer.echo(printable(_line(one)))
+    for name, reason, points in backlog.reasons:
+        typer.echo(printable(f"  {name}: {count(points, 'point')}: {reason}"))
+    for collection in collections:
+        typer.echo(printable(_line(collection)))
 
 
-def _line(one: CollectionBacklog) -> str:
+def _line(collection: CollectionBacklog) -> str:
     return (
-        f"{one.collection}: {count(one.journaled, 'point')} of {one.space} at {one.dimensions},"
-        f" {one.waiting:,} waiting, {one.refused:,} put aside"
+        f"{collection.collection}: {count(collection.journaled, 'point')} of {collection.space} at"
+        f" {collection.dimensions}, {collection.waiting:,} waiting, {collection.refused:,} put"
+        " aside"
     )
 
 
@@ -85,12 +86,12 @@ def retry(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> N
     settings, qdrant = _settings(config_file)
     with _writing(settings) as outbox:
         queued = 0 if outbox is None else outbox.requeue_dead_letters()
-    told = asyncio.run(_send(settings, qdrant)) if queued else _Sent()
+    result = asyncio.run(_send(settings, qdrant)) if queued else _Sent()
     if as_json:
-        print_json({"queued": queued, **told.as_json()})
+        print_json({"queued": queued, **result.as_json()})
     else:
-        typer.echo(f"{count(queued, 'point')} tried again{told.words}")
-    told.check()
+        typer.echo(f"{count(queued, 'point')} tried again{result.words}")
+    result.check()
 
 
 @index_app.command(name="resync")
@@ -111,51 +112,52 @@ def resync_collections(
     """
     settings, qdrant = _settings(config_file)
     with open_store_for_reading(settings) as file, _writing(settings) as outbox:
-        found: list[Comparison] = []
+        comparisons: list[Comparison] = []
         if outbox is not None:
             try:
-                found = asyncio.run(
+                comparisons = asyncio.run(
                     _compare(settings, qdrant, outbox, file, collection, dry_run=dry_run)
                 )
             except QdrantFailure as error:
                 rest = "what was queued so far is sent by the proxy, do it again for the rest"
                 raise WorkFailed(f"{error}; {rest}") from error
-    if collection is not None and not found:
+    if collection is not None and not comparisons:
         raise WorkFailed(f"{collection}: nothing is known of a collection of that name")
-    queued = sum(one.queued for one in found)
-    told = asyncio.run(_send(settings, qdrant)) if queued and not dry_run else _Sent()
+    queued = sum(comparison.queued for comparison in comparisons)
+    result = asyncio.run(_send(settings, qdrant)) if queued and not dry_run else _Sent()
     if as_json:
         rows = [
             {
-                "collection": one.collection,
-                "exists": one.exists,
-                "missing": one.missing,
-                "queued": one.queued,
-                "not_cached": one.unknown,
+                "collection": comparison.collection,
+                "exists": comparison.exists,
+                "missing": comparison.missing,
+                "queued": comparison.queued,
+                "not_cached": comparison.unknown,
             }
-            for one in found
+            for comparison in comparisons
         ]
-        print_json({"collections": rows, "dry_run": dry_run, **told.as_json()})
+        print_json({"collections": rows, "dry_run": dry_run, **result.as_json()})
     else:
-        for line in _comparison_lines(found, dry_run=dry_run):
+        for line in _comparison_lines(comparisons, dry_run=dry_run):
             typer.echo(printable(line))
-        if told.words:
-            typer.echo(told.words.lstrip("; "))
-    told.check()
+        if result.words:
+            typer.echo(result.words.lstrip("; "))
+    result.check()
 
 
-def _comparison_lines(found: Sequence[Comparison], *, dry_run: bool) -> Iterator[str]:
-    if not found:
+def _comparison_lines(comparisons: Sequence[Comparison], *, dry_run: bool) -> Iterator[str]:
+    if not comparisons:
         yield "nothing was indexed so far"
-    for one in found:
-        if not one.exists:
-            yield f"{one.collection}: is not there; name it to make it and send its points again"
+    for comparison in comparisons:
+        name = comparison.collection
+        if not comparison.exists:
+            yield f"{name}: is not there; name it to make it and send its points again"
             continue
-        line = f"{one.collection}: {count(one.missing, 'point')} missing"
-        if one.missing:
-            line += f", {one.queued:,} {'could be sent' if dry_run else 'sent again'}"
-        if one.unknown:
-            line += f", {one.unknown:,} not in the cache: the next answers write them"
+        line = f"{name}: {count(comparison.missing, 'point')} missing"
+        if comparison.missing:
+            line += f", {comparison.queued:,} {'could be sent' if dry_run else 'sent again'}"
+        if comparison.unknown:
+            line += f", {comparison.unknown:,} not in the cache: the next answers write them"
         yield line
 
 
@@ -163,10 +165,10 @@ class _Sent:
     """How sending ended."""
 
     def __init__(self, snapshot: dict[str, object] | None = None, *, is_ours: bool = True) -> None:
-        told = snapshot or {}
-        self.left = int(str(told.get("backlog_points", 0)))
-        self.refused = int(str(told.get("refused_points", 0)))
-        self.failure = told.get("last_failure")
+        values = snapshot or {}
+        self.left = int(str(values.get("backlog_points", 0)))
+        self.refused = int(str(values.get("refused_points", 0)))
+        self.failure = values.get("last_failure")
         self.is_ours = is_ours
 
     @property
@@ -252,38 +254,38 @@ async def _compare(  # noqa: PLR0913 - by name
     def lookup(entries: Sequence[JournalEntry], dimensions: int) -> list[Vector | None]:
         return _cached_vectors(file, entries, dimensions)
 
-    found = []
+    results = []
     names = index_writes.collection_names(settings, qdrant)
     with progress("comparing") as tell:
-        async with index_writes.connection(qdrant) as opened:
+        async with index_writes.connection(qdrant) as open_connection:
             comparisons = resync(
-                CollectionReader(opened),
+                CollectionReader(open_connection),
                 on_disk,
                 names,
                 lookup,
                 collection=collection,
                 dry_run=dry_run,
             )
-            async for one in comparisons:
-                found.append(one)
-                tell(len(found))
-    return found
+            async for comparison in comparisons:
+                results.append(comparison)
+                tell(len(results))
+    return results
 
 
 def _cached_vectors(
     file: ReadableFile, entries: Sequence[JournalEntry], dimensions: int
 ) -> list[Vector | None]:
     """Return the vectors of entries at a width; None for those that are not in the cache."""
-    records = file.read_many([one.address for one in entries])
-    found: list[Vector | None] = []
-    for one in entries:
-        kept = records.get(one.address)
-        width = None if kept is None else record.width(kept.record)
-        entry = None
-        if kept is not None and width is not None and one.digest is not None:
-            entry = record.decode(kept.record, one.digest, width)
-        found.append(None if entry is None else derive([entry.vector], dimensions)[0])
-    return found
+    records = file.read_many([entry.address for entry in entries])
+    vectors: list[Vector | None] = []
+    for entry in entries:
+        stored_record = records.get(entry.address)
+        width = None if stored_record is None else record.width(stored_record.record)
+        decoded = None
+        if stored_record is not None and width is not None and entry.digest is not None:
+            decoded = record.decode(stored_record.record, entry.digest, width)
+        vectors.append(None if decoded is None else derive([decoded.vector], dimensions)[0])
+    return vectors
 
 
 async def _send(settings: Settings, qdrant: Qdrant) -> _Sent:
@@ -293,13 +295,13 @@ async def _send(settings: Settings, qdrant: Qdrant) -> _Sent:
             return _Sent(is_ours=False)
         with progress("sending") as tell:
             while True:
-                told = await indexer.snapshot()
-                if told is not None:
-                    tell(told["since_start"]["sent"])
-                    if not told["backlog_points"]:
-                        return _Sent(told)
-                    if told["since_start"]["failures"] >= MAX_FAILURES:
-                        return _Sent(told)
+                state = await indexer.snapshot()
+                if state is not None:
+                    tell(state["since_start"]["sent"])
+                    if not state["backlog_points"]:
+                        return _Sent(state)
+                    if state["since_start"]["failures"] >= MAX_FAILURES:
+                        return _Sent(state)
                 await asyncio.sleep(0.05)
 
 

@@ -80,7 +80,7 @@ def add_key(  # noqa: PLR0913 - the settings of a key
     if any(entry.name == name for entry in settings.server.keys):
         raise WrongUsage(f"server.keys has a key of the name {name}; choose another name")
     key = keys_file.new_key()
-    made = StoredKey(
+    stored_key = StoredKey(
         name,
         keys_file.digest(key),
         now,
@@ -91,12 +91,12 @@ def add_key(  # noqa: PLR0913 - the settings of a key
     )
 
     def edit(keys: tuple[StoredKey, ...]) -> Sequence[StoredKey]:
-        if any(one.name == name for one in keys):
+        if any(item.name == name for item in keys):
             raise WrongUsage(
                 f"there is a key of the name {name}; `keys rotate` makes a new one, and `keys"
                 " revoke` removes it"
             )
-        return [*keys, made]
+        return [*keys, stored_key]
 
     is_first = not settings.server.keys and not settings.keys_path.exists()
     _change(settings, edit)
@@ -133,10 +133,10 @@ def revoke_keys(name: NameArgument, *, config_file: ConfigOption = None) -> None
     settings = loader.load(config_file, purpose="inspect")
 
     def edit(keys: tuple[StoredKey, ...]) -> Sequence[StoredKey]:
-        left = [key for key in keys if key.name != name]
-        if len(left) == len(keys):
+        rest = [key for key in keys if key.name != name]
+        if len(rest) == len(keys):
             raise _unknown(name, settings)
-        return left
+        return rest
 
     _change(settings, edit)
     say(f"the keys of {name} are revoked; a proxy that runs lets them in no longer")

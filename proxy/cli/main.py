@@ -102,8 +102,8 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
     logging.getLogger().setLevel(logging.INFO)
     # The client of Qdrant would have each of its calls in the log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    given = {"host": host, "port": port, "workers": workers}
-    overrides = {name: value for name, value in given.items() if value is not None}
+    options = {"host": host, "port": port, "workers": workers}
+    overrides = {name: value for name, value in options.items() if value is not None}
 
     def load() -> "Settings":
         configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
@@ -145,7 +145,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
             settings: "Settings", ready: "process.Announce", channel: "socket.socket | None" = None
         ) -> signal.Signals:
             with handle_failures():
-                served = process.serve(
+                server = process.serve(
                     settings,
                     listening,
                     ready,
@@ -153,13 +153,13 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
                     channel=channel,
                     metrics_socket=metrics_socket,
                 )
-                return _run(served)
+                return _run(server)
 
         if settings.server.workers == 1:
-            told = work(settings, announce)
+            stop_signal = work(settings, announce)
         else:
-            told = Supervisor(settings, listening, work, load, *others).run(announce)
-    if told is signal.SIGINT:
+            stop_signal = Supervisor(settings, listening, work, load, *others).run(announce)
+    if stop_signal is signal.SIGINT:
         raise typer.Exit(EXIT_CODE)
 
 

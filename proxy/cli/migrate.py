@@ -76,7 +76,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     as_json: JsonOption = False,
 ) -> None:
     """Show what a migration does, costs and needs; nothing is bought or changed."""
-    what = migrate_options.parse_options(
+    options = migrate_options.parse_options(
         config_file=config_file,
         names=names,
         to=to,
@@ -85,30 +85,30 @@ def plan(  # noqa: PLR0913 - one parameter an option
         texts=migrate_options.TextOptions(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
-    tell_store(what.settings)
+    tell_store(options.settings)
     pace = Pace(sample=sample)
-    plans = asyncio.run(_plan(what, qdrant, namespace, pace))
+    plans = asyncio.run(_plan(options, qdrant, namespace, pace))
     if as_json:
-        print_json([plan_dict(one) for one in plans])
+        print_json([plan_dict(item) for item in plans])
     else:
-        print_plans(plans, exact=what.model.space.tokenizer is not None)
+        print_plans(plans, exact=options.model.space.tokenizer is not None)
 
 
 async def _plan(
-    what: migrate_options.MigrationOptions, place: str | None, namespace: str, pace: Pace
+    options: migrate_options.MigrationOptions, place: str | None, namespace: str, pace: Pace
 ) -> list[Plan]:
-    async with open_target(what, place, namespace) as (points, target):
-        survey = Survey(points, target, what.model.entry.price, pace, target.limits)
+    async with open_target(options, place, namespace) as (points, target):
+        survey = Survey(points, target, options.model.entry.price, pace, target.limits)
         plans = []
-        for wanted in what.wanted:
+        for request in options.requests:
             steps = Steps()
             try:
-                old = await look(points, wanted.collection, wanted.vector)
+                old = await look(points, request.collection, request.vector)
                 points.vector_name = old.vector
-                plans.append(await survey.plan(wanted, old, steps))
+                plans.append(await survey.plan(request, old, steps))
             except QdrantFailure as error:
-                hint = migrate_options.key_hint(what.settings, place, error)
-                raise WorkFailed(f"{wanted.collection}: {error}{hint}{steps}") from error
+                hint = migrate_options.key_hint(options.settings, place, error)
+                raise WorkFailed(f"{request.collection}: {error}{hint}{steps}") from error
         return plans
 
 
@@ -151,7 +151,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     If it is stopped, even by kill -9, the next run uses the replies that were in progress. Exit
     code 1 if a point or a collection could not be migrated.
     """
-    what = migrate_options.parse_options(
+    options = migrate_options.parse_options(
         config_file=config_file,
         names=names,
         to=to,
@@ -160,24 +160,24 @@ def run(  # noqa: PLR0913 - one parameter an option
         texts=migrate_options.TextOptions(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
-    tell_store(what.settings)
+    tell_store(options.settings)
     pace = Pace(page, ahead, points_per_second, sample, passes)
     life = run_detached()
     try:
         begin = Beginning(restart, dual_write)
-        ended = asyncio.run(_run(what, qdrant, namespace, pace, begin, life))
+        results = asyncio.run(_run(options, qdrant, namespace, pace, begin, life))
     except asyncio.CancelledError:
         raise typer.Exit(130) from None
-    failed = [why for _, _, why in ended if why is not None]
-    done = [(state, journal) for state, journal, _ in ended if state is not None]
+    failed = [why for _, _, why in results if why is not None]
+    states = [(state, journal) for state, journal, _ in results if state is not None]
     if as_json:
-        print_json([state_dict(state, journal) for state, journal in done])
+        print_json([state_dict(state, journal) for state, journal in states])
     else:
-        for state, journal in done:
+        for state, journal in states:
             print_state(state, journal)
     if failed:
         raise WorkFailed("; ".join(failed))
-    if any(state.counts.dead for state, _ in done):
+    if any(state.counts.dead for state, _ in states):
         raise typer.Exit(1)
 
 
@@ -195,61 +195,61 @@ class Beginning(NamedTuple):
 
 
 async def _run(  # noqa: PLR0913, PLR0917 - in the order of their making
-    what: migrate_options.MigrationOptions,
+    options: migrate_options.MigrationOptions,
     place: str | None,
     namespace: str,
     pace: Pace,
     beginning: Beginning,
     life: int | None,
 ) -> list[Ended]:
-    ended: list[Ended] = []
+    results: list[Ended] = []
     async with cancel_when_left(life):
-        connection = migrate_options.connection(what.settings, place)
+        connection = migrate_options.connection(options.settings, place)
         journals = [
-            migrate_options.journal_of(what.settings, connection, wanted.collection)
-            for wanted in what.wanted
+            migrate_options.journal_of(options.settings, connection, request.collection)
+            for request in options.requests
         ]
         # Before Qdrant is opened: a folder is open in one process only.
         await wait_for_others(*journals)
-        async with open_target(what, place, namespace) as (points, target):
+        async with open_target(options, place, namespace) as (points, target):
             if target.unusable_reason:
                 raise WorkFailed(target.unusable_reason)
-            for wanted, journal in zip(what.wanted, journals, strict=True):
+            for request, journal in zip(options.requests, journals, strict=True):
                 steps = Steps()
                 why = None
                 try:
                     async with hold_lock(journal, target.finish):
-                        await _migrate(points, target, journal, wanted, pace, steps, beginning)
+                        await _migrate(points, target, journal, request, pace, steps, beginning)
                 except MigrationRefused as error:
                     why = str(error)
                 except (EmbeddingError, QdrantFailure) as error:
-                    hint = migrate_options.key_hint(what.settings, place, error)
-                    kept = "; what was written and bought stays (run it again to go on)"
-                    why = f"{wanted.collection}: {error}{hint}{steps}{kept}"
+                    hint = migrate_options.key_hint(options.settings, place, error)
+                    remedy = "; what was written and bought stays (run it again to go on)"
+                    why = f"{request.collection}: {error}{hint}{steps}{remedy}"
                     if not isinstance(error, Rejected):
                         # Nobody answers: so it would be with the next one.
-                        ended.append((journal.load(), journal, why))
+                        results.append((journal.load(), journal, why))
                         break
                 # What is wrong with one collection says nothing of the next.
-                ended.append((journal.load(), journal, why))
-    return ended
+                results.append((journal.load(), journal, why))
+    return results
 
 
 async def _migrate(  # noqa: PLR0913, PLR0917 - in the order of their making
     points: Points,
     target: Target,
     journal: MigrationState,
-    wanted: MigrationRequest,
+    request: MigrationRequest,
     pace: Pace,
     steps: Steps,
     beginning: Beginning,
 ) -> None:
     if beginning.restart:
         await runner.restart(points, journal)
-    old = await look(points, wanted.collection, wanted.vector)
+    old = await look(points, request.collection, request.vector)
     points.vector_name = old.vector
-    rule = await runner.resolve_rule(points, old, wanted, journal.load())
-    state = runner.state_for(points, old, wanted, rule, target)
+    rule = await runner.resolve_rule(points, old, request, journal.load())
+    state = runner.state_for(points, old, request, rule, target)
     migration = Migration(points, target, journal, rule, old, state, pace=pace, progress=steps)
     await begin(migration, dual_write=beginning.dual_write)
     # What it buys is of use only with what it finds.
@@ -260,77 +260,77 @@ async def _migrate(  # noqa: PLR0913, PLR0917 - in the order of their making
 
 @asynccontextmanager
 async def open_target(
-    what: migrate_options.MigrationOptions, place: str | None, namespace: str
+    options: migrate_options.MigrationOptions, place: str | None, namespace: str
 ) -> AsyncIterator[tuple[Points, Target]]:
     """Open Qdrant, and the service that buys the vectors."""
-    connection = migrate_options.connection(what.settings, place)
-    settings = settings_for(what.settings, what.model)
+    connection = migrate_options.connection(options.settings, place)
+    settings = settings_for(options.settings, options.model)
     async with connection, EmbeddingService(settings) as service:
-        target = Target(service, what.model, what.dimensions, namespace)
+        target = Target(service, options.model, options.dimensions, namespace)
         yield Points(connection), target
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan as JSON."""
-    told = asdict(plan)
-    told["regime"], told["why"] = plan.decision.regime, plan.decision.why
-    told["fields"] = sorted(plan.fields)
-    del told["decision"]
-    return told
+    values = asdict(plan)
+    values["regime"], values["why"] = plan.decision.regime, plan.decision.why
+    values["fields"] = sorted(plan.fields)
+    del values["decision"]
+    return values
 
 
-def print_plans(found: Sequence[Plan], *, exact: bool) -> None:
+def print_plans(plans: Sequence[Plan], *, exact: bool) -> None:
     """Print what a migration would do; `exact` says whether the tokens are counted exactly."""
-    for one in found:
-        typer.echo(f"{one.collection}: {one.decision.regime} ({one.decision.why})")
-        if one.source != one.collection:
-            typer.echo(f"  {one.collection} is an alias of {one.source}")
-        typer.echo(f"  {one.source} ({one.width}) -> {one.target} ({one.dimensions})")
-        ids = f"{count(one.numeric_ids, 'number')}, {count(one.uuid_ids, 'UUID')}"
+    for plan in plans:
+        typer.echo(f"{plan.collection}: {plan.decision.regime} ({plan.decision.why})")
+        if plan.source != plan.collection:
+            typer.echo(f"  {plan.collection} is an alias of {plan.source}")
+        typer.echo(f"  {plan.source} ({plan.width}) -> {plan.target} ({plan.dimensions})")
+        ids = f"{count(plan.numeric_ids, 'number')}, {count(plan.uuid_ids, 'UUID')}"
         typer.echo(
-            f"  {count(one.points, 'point')} (ids: {ids}), {one.without_text:,} without text"
+            f"  {count(plan.points, 'point')} (ids: {ids}), {plan.without_text:,} without text"
         )
-        for why, number in sorted(one.odd_vectors.items()):
+        for why, number in sorted(plan.odd_vectors.items()):
             typer.echo(f"  {count(number, 'odd vector')}: {why}")
-        typer.echo(f"  text from {one.rule}; fields: {runner.join_names(one.fields)}")
-        if one.without_vector:
+        typer.echo(f"  text from {plan.rule}; fields: {runner.join_names(plan.fields)}")
+        if plan.without_vector:
             typer.echo(
-                f"  {one.without_vector:,} without an old vector:"
-                f" {one.without_vector - one.others_only:,} get one from their text,"
-                f" {one.others_only:,} have no text and stay without"
+                f"  {plan.without_vector:,} without an old vector:"
+                f" {plan.without_vector - plan.others_only:,} get one from their text,"
+                f" {plan.others_only:,} have no text and stay without"
             )
-        if one.dead:
-            first = ", ".join(map(str, one.first_dead))
-            typer.echo(f"  {count(one.dead, 'point')} cannot be carried: {first}")
+        if plan.dead:
+            first = ", ".join(map(str, plan.first_dead))
+            typer.echo(f"  {count(plan.dead, 'point')} cannot be carried: {first}")
         about = "" if exact else "about "
         typer.echo(
-            f"  {one.to_embed:,} to embed: {count(one.distinct, 'distinct text')},"
-            f" {about}{count(one.tokens, 'token')};"
-            f" {count(one.cached, 'is', 'are')} in the cache"
+            f"  {plan.to_embed:,} to embed: {count(plan.distinct, 'distinct text')},"
+            f" {about}{count(plan.tokens, 'token')};"
+            f" {count(plan.cached, 'is', 'are')} in the cache"
         )
         typer.echo(
-            f"  to buy: {count(one.to_buy, 'text')}, {about}{count(one.tokens_to_buy, 'token')},"
-            f" {money(one.dollars)}"
+            f"  to buy: {count(plan.to_buy, 'text')}, {about}{count(plan.tokens_to_buy, 'token')},"
+            f" {money(plan.dollars)}"
         )
         typer.echo(
-            f"  about {age(one.seconds)}, an estimate: {age(one.seconds_buying)} to buy (calls:"
-            f" {one.calls:,}), {age(one.seconds_moving)} for Qdrant by what reading took now"
+            f"  about {age(plan.seconds)}, an estimate: {age(plan.seconds_buying)} to buy (calls:"
+            f" {plan.calls:,}), {age(plan.seconds_moving)} for Qdrant by what reading took now"
         )
-    if len(found) > 1:
+    if len(plans) > 1:
         typer.echo(
-            f"in all: {count(sum(one.points for one in found), 'point')},"
-            f" {count(sum(one.to_buy for one in found), 'text')} to buy,"
-            f" {money(sum(one.dollars for one in found))},"
-            f" about {age(sum(one.seconds for one in found))}"
+            f"in all: {count(sum(plan.points for plan in plans), 'point')},"
+            f" {count(sum(plan.to_buy for plan in plans), 'text')} to buy,"
+            f" {money(sum(plan.dollars for plan in plans))},"
+            f" about {age(sum(plan.seconds for plan in plans))}"
         )
 
 
 def state_dict(state: State, journal: MigrationState) -> dict[str, Any]:
     """Return the state of a migration as JSON."""
-    told = asdict(state)
-    told["phase"] = str(state.phase)
-    told["dead_letters"] = path_text(journal.dead_letters) if state.counts.dead else None
-    return told
+    values = asdict(state)
+    values["phase"] = str(state.phase)
+    values["dead_letters"] = path_text(journal.dead_letters) if state.counts.dead else None
+    return values
 
 
 def print_state(
@@ -363,9 +363,9 @@ def print_state(
         typer.echo(f"  {counts.dead:,} could not be carried: {letters}")
 
 
-def print_verdict(found: Verdict) -> None:
+def print_verdict(verdict: Verdict) -> None:
     """Print what a verification saw."""
-    late = found.late
+    late = verdict.late
     if late is not None and (late.written or late.deleted or late.left or late.dead):
         typer.echo(
             f"  written to the old collection during the switch: {late.written:,} carried,"
@@ -377,11 +377,11 @@ def print_verdict(found: Verdict) -> None:
             "  the old collection is still written to, by its own name: let those clients use the"
             " alias; what they write from now on is not in the new one"
         )
-    if not found.verified:
+    if not verdict.verified:
         return
-    cosine = "" if found.cosine is None else f", cosine {found.cosine:.5f} at least"
+    cosine = "" if verdict.cosine is None else f", cosine {verdict.cosine:.5f} at least"
     typer.echo(
-        f"  verified: {found.new_points:,} of {count(found.old_points, 'point')},"
-        f" ids, payloads and carried vectors equal; {found.sampled} sampled{cosine};"
-        f" {found.recalled} found by their own vectors"
+        f"  verified: {verdict.new_points:,} of {count(verdict.old_points, 'point')},"
+        f" ids, payloads and carried vectors equal; {verdict.sampled} sampled{cosine};"
+        f" {verdict.recalled} found by their own vectors"
     )

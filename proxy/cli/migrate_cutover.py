@@ -78,13 +78,13 @@ def status_command(  # noqa: PLR0913 - one parameter an option
             if await exists(points, name)
         }
 
-    found = _each(
+    states = _each(
         settings, qdrant, migrate_options.names_of(names, file), to, count_points, lock=False
     )
     if as_json:
-        print_json([{**migrate.state_dict(s, j), "points_now": sizes} for s, j, sizes in found])
+        print_json([{**migrate.state_dict(s, j), "points_now": sizes} for s, j, sizes in states])
     else:
-        for state, journal, sizes in found:
+        for state, journal, sizes in states:
             migrate.print_state(state, journal, sizes)
 
 
@@ -93,24 +93,26 @@ def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json:
 
     Raises WorkFailed in the end for those that cannot be read.
     """
-    wanted = None if place is None else str(migrate_options.connection(settings, place)).rstrip("/")
-    found, failed = [], []
+    address = (
+        None if place is None else str(migrate_options.connection(settings, place)).rstrip("/")
+    )
+    states, failed = [], []
     for journal in states_in(migrate_options.journal_folder(settings)):
         try:
             state = journal.load()
         except MigrationStateError as error:
             failed.append(str(error))
             continue
-        if state and wanted in (None, state.place) and to in (None, state.model):
-            found.append((state, journal))
-    found.sort(key=lambda one: (one[0].place, one[0].collection))
+        if state and address in (None, state.place) and to in (None, state.model):
+            states.append((state, journal))
+    states.sort(key=lambda entry: (entry[0].place, entry[0].collection))
     if as_json:
-        print_json([migrate.state_dict(state, journal) for state, journal in found])
+        print_json([migrate.state_dict(state, journal) for state, journal in states])
     else:
-        for state, journal in found:
+        for state, journal in states:
             migrate.print_state(state, journal)
             typer.echo(printable(f"  in {state.place}"))
-        if not found and not failed:
+        if not states and not failed:
             typer.echo("no migration was begun here")
     if failed:
         raise WorkFailed("; ".join(failed))
@@ -141,7 +143,7 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
     if alias is not None and len(chosen) > 1 and "{collection}" not in alias:
         raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
     pace = Pace(sample=sample, passes=passes)
-    missing = migrate_options.missing_limit(allow_missing)
+    limit = migrate_options.missing_limit(allow_missing)
 
     async def switch(points: Points, journal: MigrationState, steps: Steps) -> Verdict:
         state = cutover.load_state(journal)
@@ -161,13 +163,13 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
                 pace=pace,
                 progress=steps,
             )
-            return await cutover.cutover(migration, SAME, own, missing=missing)
+            return await cutover.cutover(migration, SAME, own, missing=limit)
 
-    found = _each(settings, qdrant, chosen, to, switch)
+    results = _each(settings, qdrant, chosen, to, switch)
     if as_json:
-        print_json([{**migrate.state_dict(s, j), "verified": asdict(v)} for s, j, v in found])
+        print_json([{**migrate.state_dict(s, j), "verified": asdict(v)} for s, j, v in results])
         return
-    for state, journal, verdict in found:
+    for state, journal, verdict in results:
         migrate.print_state(state, journal)
         migrate.print_verdict(verdict)
 
@@ -196,11 +198,11 @@ def rollback_command(  # noqa: PLR0913 - one parameter an option
 
     settings = loader.load(config_file)
     tell_store(settings)
-    found = _each(settings, qdrant, migrate_options.names_of(names, file), to, roll_back)
+    results = _each(settings, qdrant, migrate_options.names_of(names, file), to, roll_back)
     if as_json:
-        print_json([{**migrate.state_dict(s, j), "only_in_new": count} for s, j, count in found])
+        print_json([{**migrate.state_dict(s, j), "only_in_new": count} for s, j, count in results])
         return
-    for state, journal, count in found:
+    for state, journal, count in results:
         migrate.print_state(state, journal)
         if count is None:
             typer.echo(f"  how many points {state.target} has alone could not be counted")
@@ -236,30 +238,30 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     tell_store(settings)
     need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
 
-    missing = migrate_options.missing_limit(allow_missing)
+    limit = migrate_options.missing_limit(allow_missing)
 
     async def count_points(points: Points, journal: MigrationState, _: Steps) -> int:
-        state = await cutover.check_finalize(points, journal, missing)
-        there = await exists(points, state.source)
-        return await points.count(state.source) if there else 0
+        state = await cutover.check_finalize(points, journal, limit)
+        is_present = await exists(points, state.source)
+        return await points.count(state.source) if is_present else 0
 
     before = _each(settings, qdrant, chosen, to, count_points, lock=False)
-    doomed = [f"{s.source} ({formatting.count(points, 'point')})" for s, _, points in before]
+    collections = [f"{s.source} ({formatting.count(points, 'point')})" for s, _, points in before]
     if yes < 1:
-        confirm(f"Delete {', '.join(doomed)} for good?")
+        confirm(f"Delete {', '.join(collections)} for good?")
     if yes < 2:
         confirm("There is no way back afterwards. Sure?")
 
     async def finish(points: Points, journal: MigrationState, _: Steps) -> None:
         await cutover.finalize(
-            points, journal, take_name=take_name, missing=missing, snapshot=snapshot
+            points, journal, take_name=take_name, missing=limit, snapshot=snapshot
         )
 
-    found = _each(settings, qdrant, chosen, to, finish)
+    results = _each(settings, qdrant, chosen, to, finish)
     if as_json:
-        print_json([migrate.state_dict(state, journal) for state, journal, _ in found])
+        print_json([migrate.state_dict(state, journal) for state, journal, _ in results])
     else:
-        for state, journal, _ in found:
+        for state, journal, _ in results:
             migrate.print_state(state, journal)
 
 
@@ -287,7 +289,7 @@ def _each(  # noqa: C901, PLR0913 - what all four commands share
             return await work(points, journal, steps)
 
     async def run_all() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
-        found, failed = [], []
+        results, failed = [], []
         connection = migrate_options.connection(settings, place)
         journals = [migrate_options.journal_of(settings, connection, name) for name in names]
         await wait_for_others(*(journals if lock else ()))
@@ -307,12 +309,12 @@ def _each(  # noqa: C901, PLR0913 - what all four commands share
                     if not isinstance(error, Rejected):
                         break  # Nobody answers: so it would be with the next one.
                 else:
-                    found.append((cutover.load_state(journal), journal, result))
-        return found, failed
+                    results.append((cutover.load_state(journal), journal, result))
+        return results, failed
 
-    found, failed = asyncio.run(run_all())
+    results, failed = asyncio.run(run_all())
     if failed:
-        for state, _, _ in found:
+        for state, _, _ in results:
             typer.echo(f"{state.collection}: {state.phase}", err=True)
         raise WorkFailed("; ".join(failed))
-    return found
+    return results

@@ -275,7 +275,7 @@ class MigrationOptions:
     settings: Settings
     model: NamedModel
     dimensions: int
-    wanted: Sequence[MigrationRequest]
+    requests: Sequence[MigrationRequest]
 
 
 def parse_options(  # noqa: PLR0913 - what is asked for, by name
@@ -298,10 +298,10 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
     collections = _collection_names(names, mapping)
     if texts.into and len(collections) > 1:
         raise ConfigError("--into is for one collection; a --file can name one for each")
-    wanted = []
+    requests = []
     for name in collections:
         own = mapping.get(name, {})
-        wanted.append(
+        requests.append(
             MigrationRequest(
                 collection=name,
                 rule=_rule(name, own, texts),
@@ -311,15 +311,15 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
                 into=own.get("into", texts.into),
             )
         )
-    return MigrationOptions(settings, model, width_of(model, dimensions), wanted)
+    return MigrationOptions(settings, model, width_of(model, dimensions), requests)
 
 
 def missing_limit(text: str) -> MissingLimit:
     """Return how many points may be missing. Raises ConfigError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%|([0-9]+)", text.strip())
-    if found is None or float(found[1] or 0) > 100:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%|([0-9]+)", text.strip())
+    if match is None or float(match[1] or 0) > 100:
         raise ConfigError(f"--allow-missing: {text!r} is neither a number nor a share as 1%")
-    return MissingLimit(int(found[2] or 0), float(found[1] or 0) / 100)
+    return MissingLimit(int(match[2] or 0), float(match[1] or 0) / 100)
 
 
 def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:
@@ -335,19 +335,19 @@ def _collection_names(names: Sequence[str] | None, mapping: Mapping[str, object]
 
 
 def _read_mapping(path: Path) -> dict[str, Mapping[str, str]]:
-    found: dict[str, Mapping[str, str]] = {}
+    mapping: dict[str, Mapping[str, str]] = {}
     for name, entry in loader.load_mapping(path).items():
-        said: Any = {} if entry is None else entry
-        if not isinstance(name, str) or not isinstance(said, dict):
+        values: Any = {} if entry is None else entry
+        if not isinstance(name, str) or not isinstance(values, dict):
             raise ConfigError(f"{path}: {name}: expected keys such as `text_field: content`")
-        for key, value in said.items():
+        for key, value in values.items():
             if key not in _KEYS:
-                known = ", ".join(sorted(_KEYS))
-                raise ConfigError(f"{path}: {name}.{key}: unknown key; known here: {known}")
+                known_keys = ", ".join(sorted(_KEYS))
+                raise ConfigError(f"{path}: {name}.{key}: unknown key; known here: {known_keys}")
             if not isinstance(value, str):
                 raise ConfigError(f"{path}: {name}.{key}: expected a string; put it in quotes")
-        found[name] = said
-    return found
+        mapping[name] = values
+    return mapping
 
 
 def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule | None:
@@ -355,13 +355,13 @@ def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule | None:
     field, template, by = (own.get(key) for key in _TEXTS)
     if not {*_TEXTS} & own.keys():
         field, template, by = texts.field, texts.template, texts.by
-    if sum(one is not None for one in (field, template, by)) > 1:
+    if sum(option is not None for option in (field, template, by)) > 1:
         raise ConfigError(f"{name}: give a text field, a template or text-by, not both")
     try:
         if template is not None:
             return Rule.template(template)
         if by is not None:
-            return Rule.brought(by)
+            return Rule.from_name(by)
         return None if field is None else Rule.field(field)
     except TemplateError as error:
         raise ConfigError(f"{name}: {error}") from error

@@ -54,18 +54,18 @@ def run_detached() -> int | None:
         return None
     sys.stdout.flush()
     sys.stderr.flush()
-    here, there = os.pipe()
+    read_end, write_end = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, _TO_STOP)
     worker = os.fork()
     if worker == 0:
         os.setsid()
-        os.close(there)
+        os.close(write_end)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_STOP)
-        return here
-    os.close(here)
-    code, told = _wait(worker, there)
-    if told is not None:
-        sys.exit(128 + told)
+        return read_end
+    os.close(read_end)
+    code, stop_signal = _wait(worker, write_end)
+    if stop_signal is not None:
+        sys.exit(128 + stop_signal)
     if code < 0:
         raise WorkFailed(f"killed by {signal.Signals(-code).name}; run it again to go on")
     sys.exit(code)
@@ -73,14 +73,14 @@ def run_detached() -> int | None:
 
 def _wait(worker: int, life: int) -> tuple[int, int | None]:
     """Return how the worker ended, and the signal that was passed on to it."""
-    told: int | None = None
+    stop_signal: int | None = None
 
     def stop(number: int, _: FrameType | None) -> None:
-        nonlocal told
-        if told is not None:
+        nonlocal stop_signal
+        if stop_signal is not None:
             os.kill(worker, signal.SIGKILL)
             return
-        told = number
+        stop_signal = number
         os.close(life)
         typer.echo("keeping what has been asked for; once more to lose it", err=True)
 
@@ -88,7 +88,7 @@ def _wait(worker: int, life: int) -> tuple[int, int | None]:
         signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_STOP)
     _, status = os.waitpid(worker, 0)
-    return os.waitstatus_to_exitcode(status), told
+    return os.waitstatus_to_exitcode(status), stop_signal
 
 
 @asynccontextmanager
@@ -131,12 +131,12 @@ class ShieldedTask:
 
     async def wait(self, limit_s: float) -> None:
         """Wait until nothing is under way, for so long; then call off what is left."""
-        left = set(self._begun)
-        if left:
-            _, late = await asyncio.wait(left, timeout=limit_s)
+        tasks = set(self._begun)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=limit_s)
             for task in late:
                 task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _do_nothing() -> None:
@@ -149,14 +149,14 @@ async def wait_for_others(*journals: MigrationState) -> None:
     Raises MigrationStateError.
     """
     loop = asyncio.get_running_loop()
-    noticed, told = loop.time() + NOTICED_S, False
+    deadline, has_said = loop.time() + NOTICED_S, False
     for path in map(_lock_path, journals):
         while path.exists() and not _is_free(path):
             if path.read_bytes() == FINISHING:
-                if not told:
+                if not has_said:
                     typer.echo("waiting for the last answers of a run that was stopped", err=True)
-                told = True
-            elif loop.time() >= noticed:
+                has_said = True
+            elif loop.time() >= deadline:
                 break
             await asyncio.sleep(_POLL_S)
 

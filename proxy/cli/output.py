@@ -206,9 +206,9 @@ def console(width: int) -> "Console":
     """Return what prints; too wide for a terminal is better than a column of single letters."""
     from rich.console import Console  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
 
-    made = Console(highlight=False, markup=False, emoji=False)
-    made.width = max(made.width, width)
-    return made
+    result = Console(highlight=False, markup=False, emoji=False)
+    result.width = max(result.width, width)
+    return result
 
 
 def print_json(value: object) -> None:

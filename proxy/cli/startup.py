@@ -58,8 +58,11 @@ def check_environment(configuration: Configuration) -> None:
         except ConfigError as error:
             problems += error.problems
     settings = configuration.settings
-    if settings.server.tls is not None and (found := tls.problem(settings.server.tls)) is not None:
-        key, message = found
+    if (
+        settings.server.tls is not None
+        and (problem := tls.problem(settings.server.tls)) is not None
+    ):
+        key, message = problem
         problems.append(configuration.problem(("server", "tls", *filter(None, [key])), message))
     providers = {} if settings.cache.mode == "frozen" else settings.providers
     for name, entry in providers.items():
@@ -82,8 +85,8 @@ def _check_keys(configuration: Configuration) -> None:
     """Raise ConfigError for a file of clients' keys that is named and lacks, or has mistakes."""
     settings = configuration.settings
     if read_keys(KeysFile(settings.keys_path)) is None and settings.server.keys_file is not None:
-        missing = "there is no such file; make it with `embedding-proxy keys add NAME`"
-        raise ConfigError(configuration.problem(("server", "keys_file"), missing))
+        message = "there is no such file; make it with `embedding-proxy keys add NAME`"
+        raise ConfigError(configuration.problem(("server", "keys_file"), message))
 
 
 def report(settings: Settings, url: str) -> None:
@@ -97,8 +100,8 @@ def report(settings: Settings, url: str) -> None:
     ready = list(_ready(settings))
     log.info("providers ready: %s", ", ".join(ready) or "none")
     remote = [name for name in ready if not _is_local(settings, name)]
-    named = [name for name in settings.providers if not _is_local(settings, name)]
-    if named and not remote:
+    remote_names = [name for name in settings.providers if not _is_local(settings, name)]
+    if remote_names and not remote:
         entries = (entry for entry in settings.providers.values() if entry is not None)
         variables = dict.fromkeys(
             provider.key_variable for provider in entries if provider.key_variable
@@ -114,12 +117,12 @@ def report(settings: Settings, url: str) -> None:
 def _cache_line(settings: Settings) -> str:
     cache = settings.cache
     limit = size(cache.size_limit_gib * GIB)
-    held = read_size(cache.directory)
-    if held is None:
+    store_size = read_size(cache.directory)
+    if store_size is None:
         return f"cache: {path_text(cache.directory)}: cannot be read; at most {limit}"
     return (
-        f"cache: {path_text(cache.directory)}: {count(held.entries, 'entry', 'entries')},"
-        f" {size(held.file_bytes)} of at most {limit}"
+        f"cache: {path_text(cache.directory)}: {count(store_size.entries, 'entry', 'entries')},"
+        f" {size(store_size.file_bytes)} of at most {limit}"
     )
 
 
@@ -165,13 +168,13 @@ def check_own_address(configuration: Configuration) -> None:
 
 def _is_own(host: str, listening: str) -> bool:
     """Tell whether a connection to `host` reaches a server that listens on `listening`."""
-    taken = _resolve(listening)
+    own_addresses = _resolve(listening)
     for address in _resolve(host):
         # To connect to 0.0.0.0 is to connect to this machine.
         reached = _LOOPBACK[address.version] if address.is_unspecified else address
-        if reached in taken:
+        if reached in own_addresses:
             return True
-        if any(own.is_unspecified for own in taken) and _is_of_this_machine(reached):
+        if any(own.is_unspecified for own in own_addresses) and _is_of_this_machine(reached):
             return True
     return False
 

@@ -209,17 +209,17 @@ def _plain(key: StoredKey) -> dict[str, object]:
 def _keys(file: YamlFile, path: Path) -> tuple[StoredKey, ...]:
     """Return the keys of a file. Raises ConfigError."""
     problems = [(duplicate.path, duplicate.message) for duplicate in file.duplicates]
-    found: dict[bytes, StoredKey] = {}
+    keys: dict[bytes, StoredKey] = {}
     for i, entry in enumerate(_entries(file.content, problems)):
         mistakes = list(_mistakes(entry))
         problems += [(("keys", i, *below), problem) for below, problem in mistakes]
         if not mistakes:
             key = _key(entry)
-            if found.setdefault(key.digest, key) is not key:
+            if keys.setdefault(key.digest, key) is not key:
                 problems.append((("keys", i, "digest"), "is there twice; remove one"))
     if problems:
         raise ConfigError(*(_line(file, path, *problem) for problem in problems))
-    return tuple(found.values())
+    return tuple(keys.values())
 
 
 def _line(file: YamlFile, path: Path, key_path: KeyPath, problem: str) -> str:
@@ -306,18 +306,18 @@ def rotated(
     The others of that name expire after the grace period at the latest. Raises KeyError for a
     name that has no key, and ValueError where the newest one has expired: so would the new one.
     """
-    own = [one for one in keys if one.name == name]
+    own = [entry for entry in keys if entry.name == name]
     if not own:
         raise KeyError(name)
-    newest = max(own, key=lambda one: one.created)
+    newest = max(own, key=lambda entry: entry.created)
     if not newest.is_valid(now):
         raise ValueError(name)
     end = now + grace
     old = [
-        replace(one, expires=end if one.expires is None else min(one.expires, end))
-        if one.name == name
-        else one
-        for one in keys
+        replace(entry, expires=end if entry.expires is None else min(entry.expires, end))
+        if entry.name == name
+        else entry
+        for entry in keys
     ]
-    kept = [one for one in old if one.name != name or one.is_valid(now)]
-    return [*kept, replace(newest, digest=digest(key), created=now)]
+    others = [entry for entry in old if entry.name != name or entry.is_valid(now)]
+    return [*others, replace(newest, digest=digest(key), created=now)]

@@ -109,9 +109,9 @@ def read(content: Mapping[Any, Any], file: str) -> OldConfig:
         old.left_out += [
             (f"llm.{key}", "not of embeddings, or older than llm.embedding") for key in others
         ]
-    listed = old.embedding.pop("fallback_providers", None)
-    if listed is not None:
-        _read_fallbacks(listed, file, old)
+    fallbacks = old.embedding.pop("fallback_providers", None)
+    if fallbacks is not None:
+        _read_fallbacks(fallbacks, file, old)
     store = _section(content.get("vector_store"), file, "vector_store")
     old.store = _take(store, _STORE, file, "vector_store", old)
     for key in content:
@@ -183,23 +183,23 @@ def _read_flat(llm: Mapping[Any, Any], file: str, old: OldConfig) -> None:
         _keep(plain, OldValue(f"llm.{key}", value), file, old.embedding, old)
 
 
-def _read_fallbacks(listed: OldValue, file: str, old: OldConfig) -> None:
-    if not isinstance(listed.value, list):
-        raise ConfigError(f"{file}: {listed.path}: expected a list of `provider` and `model`")
-    for i, entry in enumerate(listed.value):
-        path = f"{listed.path}.{i}"
+def _read_fallbacks(fallbacks: OldValue, file: str, old: OldConfig) -> None:
+    if not isinstance(fallbacks.value, list):
+        raise ConfigError(f"{file}: {fallbacks.path}: expected a list of `provider` and `model`")
+    for i, entry in enumerate(fallbacks.value):
+        path = f"{fallbacks.path}.{i}"
         if not isinstance(entry, dict) or not {"provider", "model"} <= entry.keys():
             raise ConfigError(f"{file}: {path}: expected `provider` and `model`")
         old.fallbacks.append(_take(entry, (*_TEXTS, *_NUMBERS), file, path, old))
 
 
 def _take(
-    section: Mapping[Any, Any], known: Iterable[str], file: str, path: str, old: OldConfig
+    section: Mapping[Any, Any], names: Iterable[str], file: str, path: str, old: OldConfig
 ) -> dict[str, OldValue]:
     """Return what is known of a section; name the rest."""
     values: dict[str, OldValue] = {}
     for key, value in section.items():
-        if key in known:
+        if key in names:
             _keep(key, OldValue(f"{path}.{key}", value), file, values, old)
         else:
             old.left_out.append((f"{path}.{key}", "unknown key"))
@@ -228,30 +228,30 @@ def convert(content: Mapping[Any, Any], file: str) -> ConvertedConfig:
     Raises ConfigError for one that holds a key, or that names a provider nobody knows.
     """
     old = read(content, file)
-    done = ConvertedConfig()
+    converted = ConvertedConfig()
     width = None
     if old.embedding:
-        first = _convert_first(old, file, done)
+        first = _convert_first(old, file, converted)
         width = first.entry.dimensions
-        _convert_fallbacks(old, file, first, done)
-    _convert_store(old, width, done)
-    done.notes += [(path, f"left out: {why}") for path, why in old.left_out]
-    return done
+        _convert_fallbacks(old, file, first, converted)
+    _convert_store(old, width, converted)
+    converted.notes += [(path, f"left out: {why}") for path, why in old.left_out]
+    return converted
 
 
-def _convert_first(old: OldConfig, file: str, done: ConvertedConfig) -> _Model:
+def _convert_first(old: OldConfig, file: str, converted: ConvertedConfig) -> _Model:
     section = old.embedding
     if "model" not in section:
         raise ConfigError(f"{file}: llm.embedding.model: is missing; add it")
     provider = section["provider"].value if "provider" in section else "openai"
     model = _model(provider, section["model"].value)
-    _convert_provider(provider, section, file, done)
+    _convert_provider(provider, section, file, converted)
     if "provider" not in section:
-        done.warnings.append(f"no provider is named: {provider} is taken, as it always was")
-    done.note(section.get("provider"), f"providers.{provider}")
-    done.note(section["model"], f"models.{model.name}, asked for at {provider}")
-    model = _apply_dimensions(model, section.get("dimensions"), done)
-    done.models[model.name] = {**model.describe(), "routes": [model.route]}
+        converted.warnings.append(f"no provider is named: {provider} is taken, as it always was")
+    converted.note(section.get("provider"), f"providers.{provider}")
+    converted.note(section["model"], f"models.{model.name}, asked for at {provider}")
+    model = _apply_dimensions(model, section.get("dimensions"), converted)
+    converted.models[model.name] = {**model.describe(), "routes": [model.route]}
     return model
 
 
@@ -266,21 +266,21 @@ def _model(provider: str, upstream: str) -> _Model:
     return _Model(upstream, provider, upstream, ModelEntry(space, 0, 0.0, ()))
 
 
-def _apply_dimensions(model: _Model, value: OldValue | None, done: ConvertedConfig) -> _Model:
+def _apply_dimensions(model: _Model, value: OldValue | None, converted: ConvertedConfig) -> _Model:
     """Return a model whose width may be what the old file says."""
     native = model.entry.dimensions
     if value is None:
         return model
     dimensions = int(value.value)
     if not native:
-        done.note(value, f"models.{model.name}.dimensions")
+        converted.note(value, f"models.{model.name}.dimensions")
         return replace(model, entry=replace(model.entry, dimensions=dimensions))
     if dimensions == native:
-        done.note(value, "left out: it is known of the model")
+        converted.note(value, "left out: it is known of the model")
         return model
-    done.note(value, "no counterpart: each request asks for its width, `dimensions`")
+    converted.note(value, "no counterpart: each request asks for its width, `dimensions`")
     may = "can be cut to it" if model.entry.matryoshka and dimensions < native else "has no other"
-    done.warnings.append(
+    converted.warnings.append(
         f"{value.path} is {dimensions}, but {model.name} gives {native} numbers unless a request"
         f" asks otherwise, and {may}; the original never sent this key on"
     )
@@ -288,20 +288,20 @@ def _apply_dimensions(model: _Model, value: OldValue | None, done: ConvertedConf
 
 
 def _convert_provider(
-    name: str, section: Mapping[str, OldValue], file: str, done: ConvertedConfig
+    name: str, section: Mapping[str, OldValue], file: str, converted: ConvertedConfig
 ) -> None:
     """Describe a provider as far as an old file does; what was said of it first counts."""
-    entry = done.providers.setdefault(name, {})
+    entry = converted.providers.setdefault(name, {})
     address, time = section.get("base_url"), section.get("timeout")
     retries = section.get("max_retries")
     if name == registry.LOCAL and retries is not None:
-        done.note(retries, "left out: nobody is asked, so nobody is asked again")
+        converted.note(retries, "left out: nobody is asked, so nobody is asked again")
         retries = None
     if retries is not None:
         retries = retries._replace(value=min(int(retries.value), MAX_RETRIES))
     key = variable(section)
-    known = name in registry.KINDS or name == registry.LOCAL
-    if not known:
+    is_known = name in registry.KINDS or name == registry.LOCAL
+    if not is_known:
         if address is None:
             raise ConfigError(
                 f"{file}: {section['provider'].path}: there is no provider {name!r}; known:"
@@ -314,48 +314,50 @@ def _convert_provider(
         if old_value is None:
             continue
         if entry.setdefault(key_name, old_value.value) == old_value.value:
-            done.note(old_value, f"providers.{name}.{key_name}")
+            converted.note(old_value, f"providers.{name}.{key_name}")
         else:
-            done.note(old_value, f"left out: providers.{name} has another {key_name} already")
-            done.warnings.append(
+            converted.note(old_value, f"left out: providers.{name} has another {key_name} already")
+            converted.warnings.append(
                 f"{old_value.path}: give this provider a name and a `kind` of its own"
             )
     usual = registry.KINDS[name].profile.base_url if name in registry.KINDS else None
     if address is not None and usual is not None and address.value.rstrip("/") != usual:
-        done.warnings.append(
+        converted.warnings.append(
             f"providers.{name} asks {address.value}: if that serves other models under the same"
             " names, give them a `space` of their own"
         )
 
 
-def _convert_fallbacks(old: OldConfig, file: str, first: _Model, done: ConvertedConfig) -> None:
+def _convert_fallbacks(
+    old: OldConfig, file: str, first: _Model, converted: ConvertedConfig
+) -> None:
     """Turn old fallbacks into routes of the same space, or into models that may stand in."""
     for value in old.fallbacks:
         if not {"provider", "model"} <= value.keys():
             raise ConfigError(f"{file}: llm.embedding.fallback_providers: an entry is empty")
         other = _model(value["provider"].value, value["model"].value)
         path = value["provider"].path.rpartition(".")[0]
-        _convert_provider(other.provider, value, file, done)
+        _convert_provider(other.provider, value, file, converted)
         if other.entry.space == first.entry.space:
-            routes = done.models[first.name]["routes"]
+            routes = converted.models[first.name]["routes"]
             if other.route not in routes:
                 routes.append(other.route)
-            done.note(value.get("dimensions"), "left out: it is known of the model")
-            done.notes.append((path, f"models.{first.name}.routes: the same model"))
+            converted.note(value.get("dimensions"), "left out: it is known of the model")
+            converted.notes.append((path, f"models.{first.name}.routes: the same model"))
             continue
-        other = _apply_dimensions(other, value.get("dimensions"), done)
-        _add_fallback(path, first, other, done)
+        other = _apply_dimensions(other, value.get("dimensions"), converted)
+        _add_fallback(path, first, other, converted)
 
 
-def _add_fallback(path: str, first: _Model, other: _Model, done: ConvertedConfig) -> None:
+def _add_fallback(path: str, first: _Model, other: _Model, converted: ConvertedConfig) -> None:
     """Let a model of another space stand in, at a width that is named."""
-    described = done.models.setdefault(other.name, {**other.describe(), "routes": []})
-    if other.route not in described["routes"]:
-        described["routes"].append(other.route)
+    entry = converted.models.setdefault(other.name, {**other.describe(), "routes": []})
+    if other.route not in entry["routes"]:
+        entry["routes"].append(other.route)
     dimensions, native = first.entry.dimensions, other.entry.dimensions
     if not dimensions or not native:
         unknown = other.name if dimensions else first.name
-        done.notes.append(
+        converted.notes.append(
             (path, f"models.{other.name}; no fallback: the width of {unknown} is not known")
         )
         return
@@ -367,18 +369,18 @@ def _add_fallback(path: str, first: _Model, other: _Model, done: ConvertedConfig
         if native < dimensions
         else "truncate"
     )
-    fallbacks = done.models[first.name].setdefault("fallback", [])
+    fallbacks = converted.models[first.name].setdefault("fallback", [])
     if all(entry["model"] != other.name for entry in fallbacks):
         fallbacks.append({"model": other.name, "dimension_policy": width})
-    done.notes.append((path, f"models.{first.name}.fallback: another model, width {width}"))
-    done.warnings.append(
+    converted.notes.append((path, f"models.{first.name}.fallback: another model, width {width}"))
+    converted.warnings.append(
         f"{other.name} is another space than {first.name}: its vectors compare with none of the"
         " first. Answers of it say x-embedding-fallback: true; do not store them beside the others,"
         " or remove `fallback`"
     )
 
 
-def _convert_store(old: OldConfig, width: int | None, done: ConvertedConfig) -> None:
+def _convert_store(old: OldConfig, width: int | None, converted: ConvertedConfig) -> None:
     section = old.store
     names = {"api_key": "qdrant_api_key", "api_key_env": "qdrant_api_key_env"}
     keys = {
@@ -387,27 +389,27 @@ def _convert_store(old: OldConfig, width: int | None, done: ConvertedConfig) -> 
     values = {"url": section.get("qdrant_url"), "api_key_env": variable(keys)}
     for key_name, old_value in values.items():
         if old_value is not None:
-            done.qdrant[key_name] = old_value.value
-            done.note(old_value, f"index.qdrant.{key_name}")
+            converted.qdrant[key_name] = old_value.value
+            converted.note(old_value, f"index.qdrant.{key_name}")
     if "collection_prefix" in section:
         prefix = section["collection_prefix"].value.rstrip("_") + "_"
-        done.qdrant["prefix"] = prefix
-        done.note(
+        converted.qdrant["prefix"] = prefix
+        converted.note(
             section["collection_prefix"],
             f"index.qdrant.prefix: collections are {prefix}MODEL-WIDTH, old ones stay",
         )
-    if done.qdrant and "url" not in done.qdrant:
-        done.qdrant["url"] = "http://localhost:6333"
-        done.warnings.append("index.qdrant.url: the old file names none; say where Qdrant is")
+    if converted.qdrant and "url" not in converted.qdrant:
+        converted.qdrant["url"] = "http://localhost:6333"
+        converted.warnings.append("index.qdrant.url: the old file names none; say where Qdrant is")
     dimensions = section.get("embedding_dimension")
-    done.note(dimensions, "no counterpart: a collection has the width of its model")
+    converted.note(dimensions, "no counterpart: a collection has the width of its model")
     if dimensions is not None and width and dimensions.value != width:
-        done.warnings.append(
+        converted.warnings.append(
             f"{dimensions.path} is {dimensions.value}, but the model gives {width} numbers: the"
             " collections there were made for another model, or hold vectors that were cut"
         )
-    done.note(
+    converted.note(
         section.get("allow_dynamic_dimensions"),
         "no counterpart: each width has a collection of its own, none is ever changed",
     )
-    done.note(section.get("type"), "left out: Qdrant is the only store")
+    converted.note(section.get("type"), "left out: Qdrant is the only store")

@@ -59,8 +59,8 @@ class Configuration:
         """The providers that the file of a user names, but for those that are null."""
         if self.file is None or not self.settings.names_providers:
             return ()
-        named = self.content.get("providers") or {}
-        return tuple(name for name in named if self.settings.providers.get(name) is not None)
+        section = self.content.get("providers") or {}
+        return tuple(name for name in section if self.settings.providers.get(name) is not None)
 
     def problem(self, path: KeyPath, message: str) -> str:
         """Return a line that tells what is wrong with a key, as in ConfigError."""
@@ -102,12 +102,12 @@ def read_configuration(
     knows. Relative paths are below the folder of the file.
     """
     source = _Source(_name_of(path), _parse(_built_in_file() if path is None else path, path))
-    written = _mapping(source)
+    content = _mapping(source)
     source.overrides = overrides or {}
     settings, unresolved = _settings(source, _folder_of(path), purpose)
     lines = tuple(source.line(problem) for problem in unresolved)
     settings.set_source(source.line)
-    return Configuration(settings, written, path, lines)
+    return Configuration(settings, content, path, lines)
 
 
 def validate_content(content: Mapping[Any, Any], name: str) -> Settings:
@@ -238,17 +238,17 @@ def _settings(
         for problem in source.file.duplicates
     ]
     settings: Settings | None = None
-    spared: list[Problem] = []
+    unset: list[Problem] = []
     for version in source.file.versions or (source.file,):
         copy = replace(source, file=version)
         try:
-            resolved, needed, spared = references.resolve(copy.content(), purpose)
-            settings, problems = validate(resolved, context, [problem.path for problem in needed])
+            resolved, missing, unset = references.resolve(copy.content(), purpose)
+            settings, problems = validate(resolved, context, [problem.path for problem in missing])
         except RecursionError as error:
             raise ConfigError(
                 f"{source.name}: an anchor holds itself; write the values out"
             ) from error
-        mistakes += copy.mistakes([*needed, *problems])
+        mistakes += copy.mistakes([*missing, *problems])
     if mistakes or settings is None:
         raise source.error(mistakes)
-    return settings, spared
+    return settings, unset

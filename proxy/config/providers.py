@@ -288,5 +288,5 @@ def _header_remedy(name: str) -> str:
 
 def _without(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
     """Return the headers that are not among the others, whatever their case."""
-    taken = {name.lower() for name in others}
-    return {name: value for name, value in headers.items() if name.lower() not in taken}
+    names = {name.lower() for name in others}
+    return {name: value for name, value in headers.items() if name.lower() not in names}

@@ -34,32 +34,34 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
     others, in whose place a value is put that nobody can know or use. An empty variable counts as
     unset. What a variable holds is not searched for references.
     """
-    needed: list[Problem] = []
-    spared: list[Problem] = []
+    missing: list[Problem] = []
+    unset_allowed: list[Problem] = []
 
     def replace(value: object, path: KeyPath) -> object:
         if isinstance(value, dict):
-            return {key: replace(one, (*path, _path_part(key))) for key, one in value.items()}
+            return {key: replace(item, (*path, _path_part(key))) for key, item in value.items()}
         if isinstance(value, list):
-            return [replace(one, (*path, i)) for i, one in enumerate(value)]
+            return [replace(item, (*path, i)) for i, item in enumerate(value)]
         if not isinstance(value, str):
             return value
         references = _REFERENCE.finditer(value)
-        unset = [one[1] for one in references if not os.environ.get(one[1]) and one[2] is None]
+        unset = [
+            match[1] for match in references if not os.environ.get(match[1]) and match[2] is None
+        ]
         if not unset:
-            return _REFERENCE.sub(lambda one: os.environ.get(one[1]) or one[2], value)
+            return _REFERENCE.sub(lambda match: os.environ.get(match[1]) or match[2], value)
         problems = [
             Problem(path, f"the variable {name} is not set; set it, or write ${{{name}:-default}}")
             for name in dict.fromkeys(unset)
         ]
         key = ".".join(map(str, path))
         if not any(fnmatchcase(key, pattern) for pattern in _SPARED[purpose]):
-            needed.extend(problems)
+            missing.extend(problems)
             return value
-        spared.extend(problems)
+        unset_allowed.extend(problems)
         return "http://unset:unset@unset.invalid" if path[-1] == "proxy" else secrets.token_hex()
 
-    return replace(content, ()), needed, spared
+    return replace(content, ()), missing, unset_allowed
 
 
 def _path_part(key: object) -> str | int:

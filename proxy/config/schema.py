@@ -424,12 +424,12 @@ class Settings(Section):
         """Yield two descriptions of one space: they would disagree about the same records."""
         first: dict[str, tuple[str, ModelConfig]] = {}
         for name, model in self.models.items():
-            other, described = first.setdefault(model.space, (name, model))
+            other, model_before = first.setdefault(model.space, (name, model))
             for key in ("dimensions", "matryoshka"):
-                if getattr(described, key) != getattr(model, key):
+                if getattr(model_before, key) != getattr(model, key):
                     yield Problem(
                         ("models", name, key),
-                        f"{getattr(model, key)} here, but {getattr(described, key)} in"
+                        f"{getattr(model, key)} here, but {getattr(model_before, key)} in"
                         f" models.{other}, of the same space {model.space}; make them equal, or"
                         " give this model a space of its own",
                         needs=tuple(

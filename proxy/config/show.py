@@ -27,43 +27,45 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
     `content` is what its file holds. Of the models, those that it names are shown, or all: the
     others are the catalogue's in any case.
     """
-    shown: dict[str, Any] = {
+    sections: dict[str, Any] = {
         name: _plain_value(getattr(settings, name)) for name in Settings.model_fields
     }
     # The default is a provider that need not be there; one that is named has to be.
-    shown["passthrough"] = settings.passthrough if settings.passthrough_provider else None
+    sections["passthrough"] = settings.passthrough if settings.passthrough_provider else None
     keys = _content_at(content, "server", "keys")
-    for i, entry in enumerate(shown["server"]["keys"]):
-        given = keys[i] if isinstance(keys, list) else None
-        given = given.get("key") if isinstance(given, dict) else given
-        entry["key"] = _reference(given, f"CLIENT_KEY_{i + 1}")
+    for i, entry in enumerate(sections["server"]["keys"]):
+        entry_of_file = keys[i] if isinstance(keys, list) else None
+        entry_of_file = (
+            entry_of_file.get("key") if isinstance(entry_of_file, dict) else entry_of_file
+        )
+        entry["key"] = _reference(entry_of_file, f"CLIENT_KEY_{i + 1}")
     if settings.server.metrics_token is not None:
         token = _content_at(content, "server", "metrics_token")
-        shown["server"]["metrics_token"] = _reference(token, "METRICS_TOKEN")
+        sections["server"]["metrics_token"] = _reference(token, "METRICS_TOKEN")
     for name, provider in settings.providers.items():
         if provider is not None:
-            written = _content_at(content, "providers", name)
-            shown["providers"][name] = _provider(name, provider, written)
+            section = _content_at(content, "providers", name)
+            sections["providers"][name] = _provider(name, provider, section)
     if not everything:
-        named = content.get("models") or {}
-        shown["models"] = {name: shown["models"][name] for name in named}
-    return shown
+        models = content.get("models") or {}
+        sections["models"] = {name: sections["models"][name] for name in models}
+    return sections
 
 
-def computed_names(shown: object, content: object) -> list[str]:
+def computed_names(sections: object, content: object) -> list[str]:
     """Return the variables of what is shown that the file does not refer to, in order."""
     referred = set(_variables(content))
-    return [name for name in dict.fromkeys(_variables(shown)) if name not in referred]
+    return [name for name in dict.fromkeys(_variables(sections)) if name not in referred]
 
 
 def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
     """Return, by provider, the variable that holds its key, and whether it is set."""
-    named = {
+    variables = {
         name: provider.key_variable for name, provider in settings.providers.items() if provider
     }
     return {
         name: (variable, bool(os.environ.get(variable, "").strip()))
-        for name, variable in named.items()
+        for name, variable in variables.items()
         if variable
     }
 
@@ -80,38 +82,38 @@ def _variables(value: object) -> Iterator[str]:
         yield from _VARIABLE.findall(value)
 
 
-def _provider(name: str, provider: ProviderConfig, written: object) -> dict[str, Any]:
+def _provider(name: str, provider: ProviderConfig, section: object) -> dict[str, Any]:
     """Return what applies to a provider: of what it does not say, its kind's defaults.
 
-    `written` is what the file says of it.
+    `section` is what the file says of it.
     """
     if provider.kind == registry.LOCAL:
         return {"kind": provider.kind, "timeout_s": _plain_value(provider.timeout_s)}
     profile = provider.as_profile()
-    written = written if isinstance(written, Mapping) else {}
-    headers = _content_at(written, "headers")
-    shown = {
+    section = section if isinstance(section, Mapping) else {}
+    headers = _content_at(section, "headers")
+    values = {
         field: _plain_value(getattr(profile, field, None)) for field in ProviderConfig.model_fields
     }
-    shown |= {"kind": provider.kind, "auth": provider.auth, "share_cache": provider.share_cache}
-    shown["retries"] = provider.retries
-    shown |= {key: _plain_value(getattr(profile.network, key)) for key in NETWORK}
+    values |= {"kind": provider.kind, "auth": provider.auth, "share_cache": provider.share_cache}
+    values["retries"] = provider.retries
+    values |= {key: _plain_value(getattr(profile.network, key)) for key in NETWORK}
     if "@" in (profile.network.proxy or ""):
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_PROXY".upper())
-        shown["proxy"] = _reference(written.get("proxy"), made_up)
-    shown |= {key: _plain_value(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
-    shown["limits"] = {
+        values["proxy"] = _reference(section.get("proxy"), made_up)
+    values |= {key: _plain_value(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
+    values["limits"] = {
         field: getattr(profile.limits, field) for field in type(provider.limits).model_fields
     }
-    shown["headers"] = dict(profile.headers)
+    values["headers"] = dict(profile.headers)
     own = registry.find(provider.kind).profile.headers
     for header, value in provider.headers.items():
         if own.get(header) == value:
             continue  # What the kind says itself is no secret.
         reference = headers.get(header) if isinstance(headers, dict) else None
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
-        shown["headers"][header] = _reference(reference, f"HEADER_{made_up}")
-    return shown
+        values["headers"][header] = _reference(reference, f"HEADER_{made_up}")
+    return values
 
 
 def _reference(value: object, made_up: str) -> str:

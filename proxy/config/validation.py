@@ -97,9 +97,9 @@ def validate(
 
 def _restore_name(problem: Problem, misspelt: Mapping[KeyPath, KeyPath]) -> Problem:
     """Return a problem of a section whose name was corrected, with the name that the file has."""
-    for meant, written in misspelt.items():
-        if problem.path[: len(meant)] == meant:
-            return problem._replace(path=(*written, *problem.path[len(meant) :]))
+    for right_path, path_of_file in misspelt.items():
+        if problem.path[: len(right_path)] == right_path:
+            return problem._replace(path=(*path_of_file, *problem.path[len(right_path) :]))
     return problem
 
 

@@ -166,8 +166,8 @@ def _check_aliases(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[
     size, repeated = 1, 0
     if isinstance(node, yaml.CollectionNode):
         pairs = isinstance(node, yaml.MappingNode)
-        for one in (part for pair in node.value for part in pair) if pairs else node.value:
-            part_size, part_repeated = _check_aliases(one, sizes)
+        for child in (part for pair in node.value for part in pair) if pairs else node.value:
+            part_size, part_repeated = _check_aliases(child, sizes)
             size += part_size
             repeated += part_repeated
     if repeated > MAX_REPEATED:
@@ -179,16 +179,18 @@ def _check_aliases(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[
     return size, repeated
 
 
-def _version(node: yaml.Node, copy: int, made: dict[int, yaml.Node], *, is_top: bool) -> yaml.Node:
+def _version(
+    node: yaml.Node, copy: int, versions: dict[int, yaml.Node], *, is_top: bool
+) -> yaml.Node:
     """Return a node with one copy of each key that is written several times, or with its last."""
-    if id(node) in made or not isinstance(node, yaml.CollectionNode):
-        return made.get(id(node), node)
+    if id(node) in versions or not isinstance(node, yaml.CollectionNode):
+        return versions.get(id(node), node)
     version = type(node)(node.tag, [], node.start_mark, node.end_mark)
-    made[id(node)] = version
+    versions[id(node)] = version
     if isinstance(node, yaml.SequenceNode):
-        version.value = [_version(item, copy, made, is_top=False) for item in node.value]
+        version.value = [_version(item, copy, versions, is_top=False) for item in node.value]
         return version
-    merged: list[yaml.Node] = []
+    sections_merged: list[yaml.Node] = []
     copies: dict[object, list[tuple[yaml.Node, yaml.Node]]] = {}
     for key, value in node.value:
         is_name = isinstance(key, yaml.ScalarNode) and key.tag != _MERGE
@@ -200,8 +202,8 @@ def _version(node: yaml.Node, copy: int, made: dict[int, yaml.Node], *, is_top: 
             entries = [entry for item in sections for entry in item.value]
             # Nodes are told apart by their identity, so this one has to stay.
             value = yaml.MappingNode(value.tag, entries, value.start_mark, value.end_mark)
-            merged.append(value)
-        version.value.append((key, _version(value, copy, made, is_top=False)))
+            sections_merged.append(value)
+        version.value.append((key, _version(value, copy, versions, is_top=False)))
     return version
 
 

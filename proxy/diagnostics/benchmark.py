@@ -65,8 +65,13 @@ class Plan:
     def tokens(self, encoding: str | None) -> int:
         """Return how many tokens a route is asked for in all; an estimate without an encoding."""
         sizes = tokens.count(self.inputs, encoding or tokens.CL100K)
-        again = (self.rounds - 1) * sum(sizes[i] for i in self.batches[0])
-        return sizes[0] + sum(sizes) + again + self.rounds * sum(sizes[i] for i in self.singles)
+        repeated_tokens = (self.rounds - 1) * sum(sizes[i] for i in self.batches[0])
+        return (
+            sizes[0]
+            + sum(sizes)
+            + repeated_tokens
+            + self.rounds * sum(sizes[i] for i in self.singles)
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -66,16 +66,18 @@ async def examine(
     choice = replace(choice, named=add_fallback_models(settings, choice.named))
     async with AsyncExitStack() as stack:
         candidates = await find_routes(settings, choice, stack)
-        found = Checkup(candidates.statuses, candidates.results)
+        checkup = Checkup(candidates.statuses, candidates.results)
         if not offline:
-            await _probe_routes(found.results, settings.server.request_timeout_s, tell)
-    for one in found.results:
-        if one.probe is not None:
-            failure = one.probe.failure
-            one.why = "" if failure is None else _failure_reason(settings, choice, one, failure)
-    found.comparisons = list(compare(found.results))
-    found.problems = list(_problems(choice, candidates.routers, found))
-    return found
+            await _probe_routes(checkup.results, settings.server.request_timeout_s, tell)
+    for result in checkup.results:
+        if result.probe is not None:
+            failure = result.probe.failure
+            result.why = (
+                "" if failure is None else _failure_reason(settings, choice, result, failure)
+            )
+    checkup.comparisons = list(compare(checkup.results))
+    checkup.problems = list(_problems(choice, candidates.routers, checkup))
+    return checkup
 
 
 async def _probe_routes(
@@ -84,22 +86,22 @@ async def _probe_routes(
     clock = asyncio.get_running_loop().time
     gate = asyncio.Semaphore(MAX_PROVIDERS_AT_ONCE)
     queues: defaultdict[str, list[tuple[RouteResult, Route]]] = defaultdict(list)
-    for one in results:
-        if one.route is not None:
-            queues[one.provider].append((one, one.route))
-    for encoding in {one.space.tokenizer for one in results if one.space.tokenizer}:
+    for result in results:
+        if result.route is not None:
+            queues[result.provider].append((result, result.route))
+    for encoding in {result.space.tokenizer for result in results if result.space.tokenizer}:
         # To load a vocabulary takes 0.1 s, which are no provider's.
         tokens.count(TEXTS, encoding)
-    done = 0
+    count = 0
 
     async def ask_in_turn(queue: Sequence[tuple[RouteResult, Route]]) -> None:
-        nonlocal done
+        nonlocal count
         async with gate:
-            for one, route in queue:
+            for result, route in queue:
                 context = Context(clock() + patience_s)
-                one.probe = await probe(route, one.space, context, clock)
-                done += 1
-                tell(done)
+                result.probe = await probe(route, result.space, context, clock)
+                count += 1
+                tell(count)
 
     async with asyncio.TaskGroup() as group:
         for queue in queues.values():
@@ -107,29 +109,29 @@ async def _probe_routes(
 
 
 def _failure_reason(
-    settings: Settings, choice: ModelSelection, one: RouteResult, failure: EmbeddingError
+    settings: Settings, choice: ModelSelection, result: RouteResult, failure: EmbeddingError
 ) -> str:
     """Say why a route failed, and what may be done."""
-    why = str(failure).removeprefix(f"{one.provider}: ")
-    entry = settings.providers[one.provider]
+    why = str(failure).removeprefix(f"{result.provider}: ")
+    entry = settings.providers[result.provider]
     if isinstance(failure, AuthenticationError) and entry and entry.key_variable:
         why += f" (its key is that in {entry.key_variable})"
-    if isinstance(failure, ModelNotFound) and not {*one.models} & {*choice.named}:
+    if isinstance(failure, ModelNotFound) and not {*result.models} & {*choice.named}:
         why += " (chosen from the catalogue; --model checks the one that you use)"
     return why
 
 
 def _problems(
-    choice: ModelSelection, routers: Mapping[str, Router], found: Checkup
+    choice: ModelSelection, routers: Mapping[str, Router], checkup: Checkup
 ) -> Iterator[str]:
-    for one in found.results:
-        if one.ok is False:
-            yield f"{one.models[0]} at {one}: {one.why}"
+    for result in checkup.results:
+        if result.ok is False:
+            yield f"{result.models[0]} at {result}: {result.why}"
     for name in choice.named if choice.must_work else ():
-        why = {one.why for one in found.results if name in one.models}
+        why = {result.why for result in checkup.results if name in result.models}
         if not routers[name].routes and CLIENTS_PAY not in why:
             yield local.MISSING if local.MISSING in why else routers[name].unavailable
-    for pair in found.comparisons:
+    for pair in checkup.comparisons:
         if not pair.ok:
             yield (
                 f"{pair.one.space.name}: {pair.one} and {pair.other} are refused as one space: the"
@@ -148,7 +150,7 @@ def provider_problems(
     settings = configuration.settings
     if settings.cache.mode == "frozen":
         return
-    usable = {name for name, one in statuses.items() if _can_answer(one)}
+    usable = {name for name, status in statuses.items() if _can_answer(status)}
     leading = {
         route.provider for model in settings.models.values() for route in model.routes
     } & usable
@@ -200,8 +202,10 @@ def _is_local_by_choice(configuration: Configuration) -> bool:
 
 def _reasons(statuses: Mapping[str, ProviderStatus]) -> str:
     """Return why providers cannot be asked, with the remedies."""
-    skipped = [f"{name}: {one.why}" for name, one in statuses.items() if one.state == "skipped"]
-    return f" ({'; '.join(skipped)})" if skipped else "; add a provider to `providers`"
+    reasons = [
+        f"{name}: {status.why}" for name, status in statuses.items() if status.state == "skipped"
+    ]
+    return f" ({'; '.join(reasons)})" if reasons else "; add a provider to `providers`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +258,14 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
     try:
         async with (
             asyncio.timeout(QDRANT_TIMEOUT_S),
-            index_writes.connection(qdrant) as opened,
+            index_writes.connection(qdrant) as open_connection,
         ):
-            found = await opened.ask(lambda client: client.get_collections())
-            against = await index_writes.find_conflicts(settings, opened)
-            names = [one.name for one in found.collections]
-            note = None if against else await _prove_writes(settings, qdrant, opened, names)
+            response = await open_connection.ask(lambda client: client.get_collections())
+            against = await index_writes.find_conflicts(settings, open_connection)
+            names = [collection.name for collection in response.collections]
+            note = (
+                None if against else await _prove_writes(settings, qdrant, open_connection, names)
+            )
     except InUse as error:
         # Most likely by a proxy that runs; it has looked at its start.
         return CollectionStatus(place, error=str(error))
@@ -273,7 +279,7 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
 
 
 async def _prove_writes(
-    settings: Settings, qdrant: Qdrant, opened: Connection, names: Sequence[str]
+    settings: Settings, qdrant: Qdrant, open_connection: Connection, names: Sequence[str]
 ) -> str | None:
     """Write a point to a collection that is made for it, and remove both.
 
@@ -284,31 +290,35 @@ async def _prove_writes(
     options = index_writes.collection_options(qdrant)
     point = QueuedPoint(0, uuid4().bytes, vector.from_numbers([1.0, 0.0]), b"{}", 0, b"", False)  # noqa: FBT003
     try:
-        await ensure(opened, name, Provenance("embedding-proxy/check", 2), options)
+        await ensure(open_connection, name, Provenance("embedding-proxy/check", 2), options)
         try:
-            await upsert(opened, name, [point], options.vector_name)
+            await upsert(open_connection, name, [point], options.vector_name)
         finally:
-            await opened.ask(lambda client: client.delete_collection(name))
+            await open_connection.ask(lambda client: client.delete_collection(name))
     except Denied as denied:
-        return await _writable_collections(settings, qdrant, opened, names, denied)
+        return await _writable_collections(settings, qdrant, open_connection, names, denied)
     return None
 
 
 async def _writable_collections(
-    settings: Settings, qdrant: Qdrant, opened: Connection, names: Sequence[str], denied: Denied
+    settings: Settings,
+    qdrant: Qdrant,
+    open_connection: Connection,
+    names: Sequence[str],
+    denied: Denied,
 ) -> str:
     """Return in words which collections a key can write to that can make none.
 
     Raises Denied if there are none, or if one of the models' own is none of them.
     """
     own = index_writes.collection_names(settings, qdrant)
-    ours = [one for one in names if one == qdrant.collection or own.is_own(one)]
+    ours = [name for name in names if name == qdrant.collection or own.is_own(name)]
     writable, refused = [], []
     for name in ours or names:
         nothing = [str(uuid4())]
         try:
             # What is not there is deleted without effect, and needs the same right as a write.
-            await opened.ask(
+            await open_connection.ask(
                 lambda client, name=name, ids=nothing: client.delete(name, ids, wait=True)  # type: ignore[misc]
             )
             writable.append(name)

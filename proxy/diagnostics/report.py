@@ -180,17 +180,19 @@ def _pairs(
     indices = range(len(samples.inputs))
     for row_a, other in combinations([row for row in rows if row.complete], 2):
         first, second = row_a.trial, other.trial
-        both = shared = None
+        cosine = neighbour_overlap = None
         if first.space.name == second.space.name:
             if first.width == second.width:
-                both = cosines(
+                cosine = cosines(
                     [first.vectors[index] for index in indices],
                     [second.vectors[index] for index in indices],
                 )
         elif neighbours:
-            here, there = neighbours[id(first)], neighbours[id(second)]
-            shared = overlap([here[i] for i in texts], [there[i] for i in texts])
-        yield Likeness(row_a, other, both, shared)
+            first_neighbours, second_neighbours = neighbours[id(first)], neighbours[id(second)]
+            neighbour_overlap = overlap(
+                [first_neighbours[i] for i in texts], [second_neighbours[i] for i in texts]
+            )
+        yield Likeness(row_a, other, cosine, neighbour_overlap)
 
 
 def name_of(trial: RouteBenchmark) -> str:
@@ -205,14 +207,14 @@ def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
     return 1000 * percentile(seconds, percent) if seconds else None
 
 
-def _beats(one: ComparisonRow, other: ComparisonRow, *, same: bool) -> bool:
+def _beats(first: ComparisonRow, second: ComparisonRow, *, same: bool) -> bool:
     """Tell whether one is no worse than another in anything, and better in something."""
     figures = [
-        (one.usd_per_million_inputs, other.usd_per_million_inputs),
-        (one.p50_ms, other.p50_ms),
+        (first.usd_per_million_inputs, second.usd_per_million_inputs),
+        (first.p50_ms, second.p50_ms),
     ]
     if not same:
-        mine, theirs = (None if row.recall is None else 1 - row.recall for row in (one, other))
+        mine, theirs = (None if row.recall is None else 1 - row.recall for row in (first, second))
         figures.append((mine, theirs))
     gains = [
         _round_figure(b) - _round_figure(a) for a, b in figures if a is not None and b is not None

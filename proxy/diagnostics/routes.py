@@ -53,14 +53,14 @@ def choose_models(
     for name, model in chosen.items():
         if name not in settings.models and not providers_of(model):
             raise _unknown_model(settings, name)
-    covered = {provider for model in chosen.values() for provider in providers_of(model)}
+    providers = {provider for model in chosen.values() for provider in providers_of(model)}
     for name, model in settings.models.items():
-        new = providers_of(model) - covered
+        new = providers_of(model) - providers
         if (choice.also == "each provider" and new) or (
             choice.also == "all" and providers_of(model)
         ):
             chosen.setdefault(name, model)
-            covered |= new
+            providers |= new
     # What shares a space shares its vectors, whoever asks for them under which name.
     spaces = {model.space for model in chosen.values()}
     for name, model in settings.models.items():
@@ -145,10 +145,10 @@ async def find_routes(
     settings: Settings, choice: ModelSelection, stack: AsyncExitStack
 ) -> Candidates:
     """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
-    opened = await open_providers(settings, stack)
-    statuses = {name: _provider_status(settings, name, opened) for name in settings.providers}
+    open_names = await open_providers(settings, stack)
+    statuses = {name: _provider_status(settings, name, open_names) for name in settings.providers}
     usable = {
-        name: provider for name, provider in opened.items() if statuses[name].state == "usable"
+        name: provider for name, provider in open_names.items() if statuses[name].state == "usable"
     }
     models = choose_models(settings, choice, usable)
     upstreams = HealthRegistry()
@@ -161,13 +161,13 @@ async def find_routes(
     return Candidates(statuses, models, routers, _route_results(models, routers, statuses, learned))
 
 
-def _provider_status(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
+def _provider_status(settings: Settings, name: str, open_names: Collection[str]) -> ProviderStatus:
     entry = settings.providers[name]
     if entry is None:
         return ProviderStatus("disabled", None, "null in the configuration")
     if entry.uses_client_key:
         return ProviderStatus("skipped", entry.kind, CLIENTS_PAY)
-    if name not in opened:
+    if name not in open_names:
         return ProviderStatus("skipped", entry.kind, f"{entry.key_variable} is not set")
     if entry.kind == registry.LOCAL and not local.is_installed():
         return ProviderStatus("skipped", entry.kind, local.MISSING)
@@ -228,11 +228,11 @@ class Comparison:
 
 def compare(results: Sequence[RouteResult]) -> Iterator[Comparison]:
     """Compare the answers of each space with the first of them; they are one model, or two."""
-    answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
+    answers_by_space: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
     for result in results:
         if result.probe is not None and result.ok:
-            answered[result.space.name].append((result, result.probe))
-    for (first, base), *others in answered.values():
+            answers_by_space[result.space.name].append((result, result.probe))
+    for (first, base), *others in answers_by_space.values():
         for other, other_result in others:
             same = first.width == other.width
             cosine = agreement(base.vectors, other_result.vectors) if same else 0.0

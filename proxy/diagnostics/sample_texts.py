@@ -61,17 +61,17 @@ def read(texts: Path | None, pairs: Path | None) -> Samples:
         text: i for i, text in enumerate(dict.fromkeys([*texts_read, *(t for _, t in query_pairs)]))
     }
     count = len(indices)
-    wanted: dict[int, frozenset[int]] = {}
+    labels: dict[int, frozenset[int]] = {}
     for query, text in query_pairs:
         index = indices.setdefault(query, len(indices))
         if query != text:
-            wanted[index] = wanted.get(index, frozenset()) | {indices[text]}
+            labels[index] = labels.get(index, frozenset()) | {indices[text]}
     if len(indices) > MAX_SAMPLES:
         raise SourceError(
             f"{len(indices):,} different texts and queries are too many, {MAX_SAMPLES:,} are"
             " compared at most; take a sample of them"
         )
-    return Samples(list(indices), count, wanted)
+    return Samples(list(indices), count, labels)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -94,8 +94,8 @@ def _read_fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
     for item in objects(path, *fields):
         if isinstance(item, RejectedPair):
             raise SourceError(f"{path}: {item.where}: {item.why}")
-        where, found = item
-        values = [found[field] for field in fields]
+        where, values_by_field = item
+        values = [values_by_field[field] for field in fields]
         for field, value in zip(fields, values, strict=True):
             if not isinstance(value, str):
                 raise SourceError(f"{path}: {where}: its `{field}` is no string")

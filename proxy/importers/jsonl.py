@@ -42,8 +42,8 @@ class JsonLines:
             if isinstance(item, RejectedPair):
                 yield item
             else:
-                where, found = item
-                yield to_pair(where, found[self._text], found[self._vector])
+                where, fields = item
+                yield to_pair(where, fields[self._text], fields[self._vector])
 
 
 def is_jsonl(path: Path) -> bool:
@@ -54,25 +54,25 @@ def is_jsonl(path: Path) -> bool:
 def need_fields(path: Path, *fields: str) -> None:
     """Raise SourceError if the first lines are not JSON, or none of them has one of the fields."""
     bad = None
-    there: set[str] = set()
+    names: set[str] = set()
     for item in islice(objects(path), _LOOKED_AT):
         if isinstance(item, RejectedPair):
             bad = bad or item
         else:
-            there |= item[1].keys()
-    if bad and not there:
+            names |= item[1].keys()
+    if bad and not names:
         raise SourceError(f"{path} is not JSONL: {bad.where}: {bad.why}")
     for field in fields:
-        if there and field not in there:
-            raise SourceError(f"{path} has no field `{field}`; fields: {listed(there)}")
+        if names and field not in names:
+            raise SourceError(f"{path} has no field `{field}`; fields: {listed(names)}")
 
 
 def objects(path: Path, *fields: str) -> Iterator[tuple[str, Object] | RejectedPair]:
     """Give where each line is, and its object, which has all the fields. Raises SourceError."""
     for number, line in lines(path):
         where = f"line {number}"
-        found = _object(line, fields)
-        yield RejectedPair(where, found) if isinstance(found, str) else (where, found)
+        result = _object(line, fields)
+        yield RejectedPair(where, result) if isinstance(result, str) else (where, result)
 
 
 def _object(line: bytes | None, fields: tuple[str, ...]) -> Object | str:

@@ -62,9 +62,9 @@ class LangChain:
         self._folder = folder
         self._texts = texts
         self._field = text
-        found = self._scan()
-        namespaces = {name for name, _ in found}
-        if not found:
+        counts = self._scan()
+        namespaces = {name for name, _ in counts}
+        if not counts:
             raise SourceError(f"{folder} holds no file that is named as LangChain names a vector's")
         if namespace is None and len(namespaces) > 1:
             raise SourceError(
@@ -72,7 +72,7 @@ class LangChain:
                 "name one with --vector-field"
             )
         self._namespace = namespaces.pop() if namespace is None else namespace
-        sizes = {size: n for (name, size), n in found.items() if name == self._namespace}
+        sizes = {size: n for (name, size), n in counts.items() if name == self._namespace}
         if not sizes:
             raise SourceError(
                 f"{folder} has no namespace `{namespace}`; namespaces: {listed(namespaces)}"
@@ -101,21 +101,21 @@ class LangChain:
 
     def _scan(self) -> Counter[tuple[str, int]]:
         """Count the files by namespace and length of the digest; names are not kept."""
-        found: Counter[tuple[str, int]] = Counter()
-        waiting = [""]
+        counts: Counter[tuple[str, int]] = Counter()
+        folders = [""]
         try:
-            while waiting:
-                inside = waiting.pop()
+            while folders:
+                inside = folders.pop()
                 with os.scandir(self._folder / inside) as entries:
                     for entry in entries:
                         name = inside + entry.name
                         if entry.is_dir(follow_symlinks=False):
-                            waiting.append(f"{name}/")
+                            folders.append(f"{name}/")
                         elif digest := _DIGEST.search(name):
-                            found[name[: digest.start()], len(digest[0])] += 1
+                            counts[name[: digest.start()], len(digest[0])] += 1
         except OSError as error:
             raise SourceError(f"{self.name} cannot be read: {error.strerror}") from error
-        return found
+        return counts
 
     def _look_up(self, text: str) -> bytes | None:
         data = text.encode()

@@ -117,9 +117,9 @@ def _vectors(column: "Array") -> Iterator[bytes | str]:
     # Only the numbers of this batch: what lies under it may be longer.
     numbers = column.values.slice(ends[0], ends[-1] - ends[0]).cast(float32(), safe=False)
     data = memoryview(numbers.buffers()[1] or b"")[4 * numbers.offset :]
-    for there, begin, end in zip(column.is_valid().to_pylist(), ends, ends[1:], strict=False):
+    for is_valid, begin, end in zip(column.is_valid().to_pylist(), ends, ends[1:], strict=False):
         start, length = begin - ends[0], end - begin
-        if not there:
+        if not is_valid:
             yield "the vector: is missing"
         elif numbers.null_count and numbers.slice(start, length).null_count:
             yield "the vector: holds something that is not a number"

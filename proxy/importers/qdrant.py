@@ -66,11 +66,11 @@ class TextSource:
             page = runner.run(_next(self._pages(qdrant)))
         payloads = [point.payload for point in page.points] if page else []
         if payloads and not any(self._has_text(payload) for payload in payloads):
-            there = listed(field for payload in payloads for field in payload) or "none"
+            names = listed(field for payload in payloads for field in payload) or "none"
             what = f"no text for {rule.source}" if rule else f"no field `{text}`"
             ready = readings_of(payloads)
             hint = f"; --text-by {ready[0]} reads them" if ready else ""
-            raise SourceError(f"the payloads of {location} have {what}; fields: {there}{hint}")
+            raise SourceError(f"the payloads of {location} have {what}; fields: {names}{hint}")
 
     def _has_text(self, payload: Payload) -> bool:
         return self._text in payload if self._rule is None else self._value(payload) is not None
@@ -140,17 +140,21 @@ def _parse_location(location: str) -> tuple[str, dict[str, Any]]:
 async def _choose(qdrant: Connection, collection: str, name: str | None) -> str:
     """Return the name of the vector to take, "" for the unnamed one. Raises SourceError."""
     info = await qdrant.ask(lambda client: client.get_collection(collection))
-    found = info.config.params.vectors
-    vectors = found if isinstance(found, dict) else {"": found} if found else {}
+    config = info.config.params.vectors
+    vectors = config if isinstance(config, dict) else {"": config} if config else {}
     if name is None and len(vectors) == 1:
         (name,) = vectors
-    wanted = f"vector `{name}`" if name else "unnamed vector"
+    description = f"vector `{name}`" if name else "unnamed vector"
     if (params := vectors.get(name or "")) is None:
-        there = listed(vectors) or "none"
-        raise SourceError(f"`{collection}` has no {wanted}; pick one of its vectors: {there}")
+        names = listed(vectors) or "none"
+        raise SourceError(f"`{collection}` has no {description}; pick one of its vectors: {names}")
     if params.multivector_config:
-        raise SourceError(f"the {wanted} of `{collection}` is a multivector: many for each text")
+        raise SourceError(
+            f"the {description} of `{collection}` is a multivector: many for each text"
+        )
     if params.datatype and params.datatype.value != "float32":
         kind = params.datatype.value
-        raise SourceError(f"`{collection}` keeps its {wanted} as {kind}: rounded, not as bought")
+        raise SourceError(
+            f"`{collection}` keeps its {description} as {kind}: rounded, not as bought"
+        )
     return name or ""
