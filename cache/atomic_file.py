@@ -16,15 +16,15 @@ from typing import BinaryIO
 from . import private_files
 
 SUFFIX = ".part"
-"""How the names of temporary files end."""
+"""The suffix of temporary files."""
 
 
 @contextlib.contextmanager
 def opened(path: Path, *, mode: int = 0o600, exclusive: bool = False) -> Iterator[BinaryIO]:
-    """Give a binary file that is at `path` once the block has ended without an error.
+    """Give a binary file that gets the name `path` when the block ends without an error.
 
-    `mode` is the permissions of the file, less the process's umask. `exclusive`: see `publish`.
-    Whatever is raised, nothing is left of the temporary file.
+    `mode` is the permissions of the file, less the process's umask. `exclusive`: see `publish`. An
+    error leaves no temporary file behind.
     """
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}{SUFFIX}")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
@@ -44,7 +44,7 @@ def write(path: Path, content: bytes, *, mode: int = 0o600, exclusive: bool = Fa
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add to a file, which is made with mode 0600; a kill may leave a part of what is added."""
+    """Append to a file, which is created with mode 0600. A kill may leave a part of the data."""
     is_new = not path.exists()
     with open(path, "ab", opener=private_files.opener) as file:
         file.write(content)
@@ -55,9 +55,9 @@ def append(path: Path, content: bytes) -> None:
 
 
 def publish(part: Path, path: Path, *, exclusive: bool = False) -> None:
-    """Give a file that is whole its name, in the same file system; its content is on disk by then.
+    """Give a complete file its name, in the same file system. Its content is on disk by then.
 
-    `exclusive`: a file that is at `path` by then stays, and FileExistsError is raised; otherwise it
+    With `exclusive` an existing file at `path` stays, and FileExistsError is raised; otherwise it
     is replaced.
     """
     with part.open("rb+") as file:
@@ -77,21 +77,21 @@ def move(path: Path, target: Path) -> None:
 
 
 def _link(part: Path, path: Path) -> None:
-    """Give a file a name unless another one has it. Raises FileExistsError."""
+    """Give a file a name that no other file has. Raises FileExistsError."""
     try:
-        # Unlike a rename, a link never takes the place of another file.
+        # Unlike a rename, a link never replaces another file.
         os.link(part, path)
     except FileExistsError:
         raise
     except OSError:
-        # The file system has no links: two processes at the same moment may both get here.
+        # The file system has no links. Two processes at the same moment may both get here.
         if path.exists():
             raise FileExistsError(f"{path} exists") from None
         part.replace(path)
 
 
 def _sync(folder: Path) -> None:
-    """Flush the entries of a folder, where the system can: then a power cut takes no name."""
+    """Flush the entries of a folder, if the system can, so that a power cut loses no name."""
     if os.name != "posix":
         return
     with contextlib.suppress(OSError):

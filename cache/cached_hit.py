@@ -18,11 +18,11 @@ from .tiers import LOT, Lookup, Tiers
 
 _VECTOR = attrgetter("vector")
 TOUCH_S = 1.0
-"""Seconds between two times that the use of the entries is noted for one kept answer."""
+"""Seconds between two notes of a use of the entries of one stored answer."""
 
 
 class Reusable(Protocol):
-    """Answers the same request again: a `CachedHit`, or what adds a condition to one."""
+    """Answers the same request again: a `CachedHit`, or a wrapper that adds a condition."""
 
     async def vectors(self) -> Sequence[Vector] | None:
         """Return the vectors and count the answer; None if a new lookup is needed.
@@ -34,7 +34,7 @@ class Reusable(Protocol):
         """Count one more answer."""
 
     def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
-        """Return what tells whether these vectors are still valid, and then counts the answer.
+        """Return a function that tells whether these vectors are still valid, and counts the use.
 
         None if they are not valid any more.
         """
@@ -53,10 +53,10 @@ class CountedEmbeddings(Embedded):
 
 @dataclass(slots=True)
 class CachedHit:
-    """What an answer was about that came from the cache alone, to a request without own terms.
+    """What an answer from the cache alone was made of, for a request without its own cache policy.
 
-    Whoever keeps something that was made of such an answer asks here before giving it out once
-    more. So purges, expiry and newer purchases hold for it as they do for the entries themselves.
+    A stored response asks here before it is sent again. So purges, expiry and newer purchases apply
+    to it as they do to the entries.
     """
 
     tiers: Tiers
@@ -65,12 +65,12 @@ class CachedHit:
     heading: LedgerKey
     usage: Usage
     lookup: Lookup | None = None
-    """The look-up that `count` counts with the answer; None if that is counted."""
+    """The lookup that `count` counts with the answer; None if it is counted already."""
 
     async def vectors(self) -> list[Vector] | None:
-        """Return what the same request is answered with now, and count it.
+        """Return the present vectors of the same request, and count the answer.
 
-        None if it has to be asked anew. Where there are many, others get their turn.
+        None if a new lookup is needed. A long list is read in steps that yield to the event loop.
         """
         vectors: list[Vector] = []
         while len(vectors) < len(self.keys):
@@ -86,17 +86,17 @@ class CachedHit:
         return vectors
 
     def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
-        """Return what tells whether these vectors are still the answer, and if so, counts it.
+        """Return a function that tells whether these vectors are still the answer, and counts it.
 
-        None if they are not the answer any more, or memory does not hold them. They are until the
-        epoch of the memory tier changes, or the first of them expires.
+        None if they are not, or memory does not hold them. They are the answer until the epoch of
+        the memory tier changes, or the first of them expires.
         """
         memory = self.tiers.memory
         expires = memory.expiry_of(self.keys.addresses, vectors)
         return None if expires is None else _Reuse(self, memory.epoch, expires)
 
     def count(self) -> None:
-        """Count the answer that this was made with, when it is given."""
+        """Count the answer that this hit was made with, when it is sent."""
         if self.lookup is not None:
             self.tiers.count_lookup(self.lookup, self.partition)
             self.lookup = None
@@ -105,15 +105,15 @@ class CachedHit:
 
 @dataclass(slots=True)
 class _Reuse:
-    """Whether some vectors are still the answer: one object, for there may be many."""
+    """Tells whether some vectors are still the answer. One object, because there may be many."""
 
     hit: CachedHit
     epoch: int
-    """Of the memory tier, when it held the vectors."""
+    """The epoch of the memory tier when it held the vectors."""
     expires: float
     """When the first of them expires, in seconds since 1970."""
     noted: float = -math.inf
-    """When their use was last noted, likewise."""
+    """When their use was last noted, in seconds since 1970."""
 
     def __call__(self) -> bool:
         hit, tiers = self.hit, self.hit.tiers

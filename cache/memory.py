@@ -33,16 +33,16 @@ class Memory:
     def __init__(
         self, limit: int, ttl_s: float | None = None, clock: Callable[[], float] = time.time
     ) -> None:
-        """`ttl_s` is how long after it was stored an entry may be served, in seconds."""
+        """`ttl_s` is the age, in seconds, beyond which an entry is not served."""
         self._ttl_s = ttl_s
         self.clock = clock
         self._entries = LRUCache[bytes, _MemoryEntry](limit, _size, self._note_evicted)
         self._evicted: dict[bytes, int] = {}
-        """What tells the content of entries that were dropped for room from another."""
+        """Digests of the content of entries that were dropped for room, by address."""
         self.epoch = 0
         """Changes whenever an entry that was here may have become wrong: everything was dropped, or
-        another one was put in its place. An entry that is dropped for room, or expires, is not
-        wrong for that. Whoever keeps what was made of entries compares."""
+        another one replaced it. Dropping an entry for room, and expiry, do not change it. A stored
+        response compares it."""
 
     @property
     def size(self) -> int:
@@ -85,7 +85,7 @@ class Memory:
     def expiry_of(self, addresses: Iterable[bytes], vectors: Iterable[bytes]) -> float | None:
         """Return when the first of these entries expires, in seconds since 1970.
 
-        None if they are not all here with these very vectors.
+        None unless memory holds all of them with these same vectors.
         """
         slots = list(map(self._entries.peek, addresses))
         if not slots or not all(map(is_, (slot and slot.entry.vector for slot in slots), vectors)):
@@ -96,19 +96,19 @@ class Memory:
         return None if first <= self._expired else first + self._ttl_s
 
     def note(self, addresses: Iterable[bytes]) -> None:
-        """Note that entries were used, those of them that are here."""
+        """Note the use of those entries that are here."""
         deque(map(self._entries.mark_used, filter(self._entries.peek, addresses)), 0)
 
     @property
     def _expired(self) -> float:
-        """What was bought by then, in seconds since 1970, is not served any more."""
+        """The time, in seconds since 1970: entries that were bought up to then are not served."""
         return -math.inf if self._ttl_s is None else self.clock() - self._ttl_s
 
     def put(self, address: bytes, entry: Entry, stored: float | None = None) -> None:
-        """Keep an entry, and drop the least recently used ones for it as needed.
+        """Store an entry, and drop the least recently used ones as needed.
 
-        `stored` is when it was bought, in seconds since 1970; None = now. One that was bought later
-        stays: it came while this one was being read.
+        `stored` is when it was bought, in seconds since 1970; None = now. An entry that was bought
+        later stays: it came while this one was being read.
         """
         if len(entry.vector) + _OVERHEAD > self._entries.max_size:
             return

@@ -21,21 +21,22 @@ log = logging.getLogger("embedding_proxy.store")
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _OF_OTHERS = 0o077
-"""The bits that let the group and everybody else in."""
+"""The permission bits of the group and of all others."""
 
 _WRITABLE_BY_OTHERS = 0o022
 
 _OWN_NAMES = re.compile(
     r"v\d+$|v\d+\.|writer\.lock|index-outbox|index-sender|migrations$|metrics$|control-|keys\.yaml"
 )
-"""How the names begin of what the proxy puts into a cache directory; other files are not ours."""
+"""The beginnings of the names that the proxy uses in a cache directory. Other files are not
+ours."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that only its owner can enter, unless it is there. Raises OSError.
+    """Make a folder that only its owner can enter, unless it exists. Raises OSError.
 
-    So are those above it that are not there: whoever can change one of them can put another folder
-    in the place of this one. (`parents` of Path.mkdir leaves their modes to the umask.)
+    Missing folders above it are made in the same way: a user who can change one of them could
+    replace this one. (`parents` of Path.mkdir gives them the mode of the umask.)
     """
     folders = [folder]
     while not folders[-1].parent.exists():
@@ -50,17 +51,16 @@ def create(path: Path) -> None:
 
 
 def opener(path: str, flags: int) -> int:
-    """Open a file for `open(…, opener=opener)`: one that is made has mode 0600."""
+    """Open a file for `open(…, opener=opener)`. A new file has mode 0600."""
     return os.open(path, flags, FILE_MODE)
 
 
 def secure(directory: Path) -> None:
-    """Take the permissions of others from what is ours in a cache directory.
+    """Remove the permissions of others from the proxy's files in a cache directory.
 
     The directory itself keeps its mode: it may hold files of others, and `make_folder` has made it
-    private where it was not there. A warning tells if others can change what is in it. What was
-    changed is told in the log, once; so is what could not be changed. Nothing is raised. Symbolic
-    links are not followed, except that `directory` may be one.
+    private if it was missing. A warning tells if others can change what is in it. The log names
+    what was changed.
     """
     if os.name != "posix":
         return

@@ -15,16 +15,16 @@ from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, LedgerKey, Usage
 from .schema import Sql
 
 MAX_PARTITIONS = 10_000
-"""Partitions in all; further ones are one partition for each width, in OTHER_NAMESPACE."""
+"""The most partitions. Further ones share one for each width, in OTHER_NAMESPACE."""
 MAX_PARAMETER_SETS = 100
-"""Spaces of one model with parameters, in one namespace; further ones are one space."""
+"""The most spaces of one model with parameters in a namespace. Further ones share one."""
 
 _FIND = "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)"
 _ADD = "INSERT INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)"
 
 
 def partition_id(sql: Sql, partition: Partition) -> int:
-    """Return the number of a partition; one that is new gets its own, or one that it shares.
+    """Return the number of a partition. A new one gets its own number, or shares one.
 
     `sql` runs statements in a transaction that may write. The space's label is in its present form.
     """
@@ -51,7 +51,7 @@ def rest_of(space: str) -> str | None:
 
 
 def _shared(sql: Sql, partition: Partition) -> Partition:
-    """Return the partition that a new one is put into: itself as long as there is room."""
+    """Return the partition that stands for a new one: itself as long as there is room."""
     if partition.namespace == OTHER_NAMESPACE:
         return partition
     rest = rest_of(partition.space)
@@ -67,7 +67,7 @@ def _shared(sql: Sql, partition: Partition) -> Partition:
             partition = partition._replace(space=rest)
             if sql(_FIND, partition).fetchone() is not None:
                 return partition
-    # The largest number is no smaller than the count, and found at once.
+    # The largest number is at least the count, and is read at once.
     ((largest,),) = sql("SELECT coalesce(max(id), 0) FROM Partitions")
     if largest < MAX_PARTITIONS:
         return partition
@@ -82,10 +82,10 @@ def usage_rows(
     usage: Mapping[tuple[int, LedgerKey], Usage],
     ids: Mapping[Partition | None, int | None],
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of table `Usage` to be added: day, partition, model, provider, client, sums.
+    """Yield the rows to add to table `Usage`: day, partition, model, provider, client, sums.
 
-    A heading that the day has no row of is summed under its `rest` once the day has MAX_LEDGER_KEYS
-    rows. `ids` are the numbers of the partitions that are named in `usage`.
+    A heading without a row on its day is summed under its `rest` once the day has MAX_LEDGER_KEYS
+    rows. `ids` are the numbers of the partitions in `usage`.
     """
     rows: dict[int, int] = {}
     new: set[tuple[Any, ...]] = set()

@@ -39,7 +39,8 @@ from .write_ahead_log import SIZES, Log
 PAGE_BYTES = 32_768  # Where the file does not tell.
 MAX_RECORD_BYTES = 4 << 20  # Of a row that are looked for outside its page: a million dimensions.
 _int = int.from_bytes  # All numbers are big-endian.
-# Noted of each row, 64 rows a block; 0 if nothing is known, -1 (no hash is) if copies disagree.
+# The facts about each row, 64 rows a block; 0 if not known, -1 (which is no hash) if copies
+# disagree.
 _WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
 _MIN_MS = 1 << 32  # A time in milliseconds is higher, the number of a partition is lower.
 
@@ -50,7 +51,7 @@ LEDGER_SHAPES = USAGE, USAGE_COPY, LAYOUT_1
 LedgerLine: TypeAlias = tuple[int, int, str, str, str]
 """Day (since 1970, UTC), number of the partition, model, provider and client."""
 _LineSums: TypeAlias = dict[LedgerLine, tuple[bool, Usage]]
-"""Whether the page of a line is sound, and its sums."""
+"""For each line: whether its page is sound, and its sums."""
 
 _SUMS = len(Usage._fields)
 _MAX_SUM = 1 << 53  # Nine million dollars, in nanodollars: more is noise.
@@ -71,7 +72,7 @@ _PageVersion = tuple[int, int, int, bool]
 
 @dataclass
 class CarveReport:
-    """What came of a file."""
+    """The result of carving a file."""
 
     records: int = 0  # Whole, and handed out; old versions count as well.
     damaged: int = 0  # Rows of table `Cache` that do not verify, and cells that cannot be read.
@@ -88,10 +89,10 @@ def rows(
 
 
 class RecordCarver:
-    """A database file and the write-ahead log beside it. A context manager, for one thread.
+    """Carves a database file and the write-ahead log beside it. A context manager, for one thread.
 
-    `progress` is told the bytes read, of those of both files. Raises OSError if one cannot be
-    opened, and nothing for what is in it. The first reading (`learn`) precedes all else.
+    `progress` gets the number of bytes read, of both files. Raises OSError if a file cannot be
+    opened, and nothing for its content. The first pass (`_learn`) comes before everything else.
     """
 
     def __init__(
@@ -111,17 +112,17 @@ class RecordCarver:
         self._unsound: set[int] = set()  # Offsets of pages that their frame's checksum denies.
         self._frames = self._last_frames()
         self._noted: defaultdict[int, array[int]] = defaultdict(lambda: array("q", bytes(2048)))
-        # By id, what the table of partitions and its index say.
+        # By id, what the table of partitions and its index hold.
         self._said: defaultdict[int, set[Partition]] = defaultdict(set)
         self._ledger = CarvedLedger()
         self._is_purged = False
         self._late = bytearray()
         self._bytes_read, self._future_ms = 0, int(1000 * (time.time() + 86_400))
         self.salvaged: set[str] = set()
-        """The names of files whose sums are among the sums here."""
+        """The names of files whose sums are included here."""
 
     def __enter__(self) -> Self:
-        """Read everything once, and learn what stands beside the records."""
+        """Read everything once, and learn what is stored beside the records."""
         try:
             for version in self._page_versions():
                 self._learn(version)
@@ -146,7 +147,7 @@ class RecordCarver:
         return sums
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows of which no later version is seen, and that something else names."""
+        """Yield the rows that have no later version and are named by something else."""
         self._late.clear()
         for version in self._page_versions():
             self._report.pages += 1
@@ -160,7 +161,7 @@ class RecordCarver:
             self._late.append(has_others)
 
     def late_rows(self) -> Iterator[Row]:
-        """Yield the others, after `rows`: they may be older, and know less."""
+        """Yield the other rows, after `rows`: they may be older and have fewer facts."""
         for version in compress(self._page_versions(), self._late):
             if self._is_purged and not version[3]:
                 continue
@@ -171,10 +172,10 @@ class RecordCarver:
         self._tell(sum(self._ends))
 
     def _last_frames(self) -> dict[int, tuple[int, int]]:
-        """Return where in the log the last version of each page lies, by the page's number (4.1).
+        """Return where in the log the last version of each page is, by the page's number (4.1).
 
-        Frames of other salts are older, left from before the log was begun anew; those behind the
-        last commit were never valid. What a damaged frame says may be right, but for its sums.
+        Frames of other salts are from an earlier run of the log. Frames after the last commit were
+        never valid. The content of a damaged frame may be right, except for sums.
         """
         frames: dict[int, tuple[int, int]] = {}
         pending: dict[int, tuple[int, int]] = {}
@@ -276,7 +277,7 @@ class RecordCarver:
         return version[3] and bool(noted[at + _STORED] or noted[at + _WITNESS])
 
     def _carve(self, page: bytes, cell: Cell, version: _PageVersion) -> Iterator[Row]:
-        """Yield the row of a cell if it is whole, and was not handed out already."""
+        """Yield the row of a cell if it is whole and was not yielded before."""
         noted, at = self._of(cell.rowid)
         witness, number, stored, yielded = noted[at : at + 4]
         address, record, own = self._content(page, cell)
@@ -314,14 +315,14 @@ class RecordCarver:
 
 
 def _read(file: int, size: int, offset: int) -> bytes:
-    """Return up to so many bytes, none if the disk does not give them."""
+    """Return up to `size` bytes; none if the disk cannot read them."""
     with contextlib.suppress(OSError):
         return os.pread(file, size, offset)
     return b""
 
 
 class LedgerPage:
-    """The lines of one page, in the order in which they stand there."""
+    """The ledger lines of one page, in their order on it."""
 
     def __init__(self) -> None:
         self.is_sound = True
@@ -330,7 +331,7 @@ class LedgerPage:
 
     def add(self, shape: str, values: tuple[Any, ...]) -> None:
         """Add a row of one of the shapes."""
-        # Sorted by what they hold, in the index as in the table.
+        # Both the table and the index are sorted by their content.
         if self._before is not None:
             self.is_sound &= self._before[0] == shape and self._before[1] < values
         self._before = shape, values
@@ -353,20 +354,20 @@ class CarvedLedger:
         self._lines_by_shape: dict[str, _LineSums] = {shape: {} for shape in LEDGER_SHAPES}
 
     def add(self, page: LedgerPage) -> None:
-        """Add what stands on a page."""
+        """Add the lines of a page."""
         for shape, lines in page.lines.items():
             for line, usage in lines.items():
                 _keep(self._lines_by_shape[shape], line, usage, is_sound=page.is_sound)
 
     @property
     def is_of_layout_1(self) -> bool:
-        """Whether there is nothing but lines of layout 1: they name no model."""
+        """Whether there are only lines of layout 1, which name no model."""
         return not (self._lines_by_shape[USAGE] or self._lines_by_shape[USAGE_COPY])
 
     def lines(self) -> Iterator[tuple[LedgerLine, Usage]]:
         """Yield each line once."""
         if self.is_of_layout_1:
-            # What is left of it in a file of a later layout is counted there, too.
+            # In a file of a later layout these lines are counted there too.
             merged = self._lines_by_shape[LAYOUT_1]
         else:
             merged = _merged(self._lines_by_shape[USAGE], self._lines_by_shape[USAGE_COPY])
@@ -378,7 +379,7 @@ def _merged(table: _LineSums, index: _LineSums) -> _LineSums:
     sums: _LineSums = {}
     for own, other in ((table, index), (index, table)):
         for line, (is_sound, usage) in own.items():
-            # A line that only a damaged page has may be another's, changed.
+            # A line that only a damaged page has may be another line, changed.
             if is_sound or line in other or len(other) < len(own):
                 _keep(sums, line, usage, is_sound=is_sound)
     return sums

@@ -43,7 +43,7 @@ _SQL_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class NotAFile(OSError):
-    """Something else is where the store needs a file of its own."""
+    """Something that is no file is at the path of one of the store's files."""
 
 
 # Mistakes of the configuration, not of the moment.
@@ -59,13 +59,13 @@ class StoreError(Exception):
 
 
 class DiskFull(StoreError):
-    """The disk has no room for what would be written."""
+    """The disk has no room for a write."""
 
 
 def lock_of(directory: Path) -> WriterLock:
-    """Return the lock that all who write to the store in `directory` take.
+    """Return the lock of all writers of the store in `directory`.
 
-    Raises OSError, also where something that is no file is in the place of one of the store's.
+    Raises OSError, also if something that is no file is at the path of one of the store's files.
     """
     if (obstacle := _obstacle(directory)) is not None:
         kind = "a directory" if obstacle.is_dir() else "no regular file"
@@ -76,11 +76,14 @@ def lock_of(directory: Path) -> WriterLock:
 
 
 def _obstacle(directory: Path) -> Path | None:
-    """Return what is where a file of the store belongs, and is none. Raises OSError."""
+    """Return the path of a store's file that is something else; None if there is none.
+
+    Raises OSError.
+    """
     folder = folder_of(directory)
     names = [f"{database.FILE_NAME}{end}" for end in ("", "-wal", "-shm")]
     for path in (directory / _LOCK_NAME, *(folder / name for name in names)):
-        # Asked once: another process that ends may take away the log and its index at any moment.
+        # Asked once: another process that ends may delete the log and its index at any moment.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if not stat.S_ISREG(path.stat().st_mode):
                 return path
@@ -88,19 +91,19 @@ def _obstacle(directory: Path) -> Path | None:
 
 
 def folder_of(directory: Path) -> Path:
-    """Return the folder of this format version; another version's files are left alone."""
+    """Return the folder of this format version. Files of other versions are not touched."""
     return directory / f"v{FORMAT}"
 
 
 def exists(directory: Path) -> bool:
-    """Tell whether there is a store in `directory`, or something in the place of its files."""
+    """Tell whether `directory` holds a store, or something at the path of its files."""
     path = folder_of(directory) / database.FILE_NAME
     try:
         obstacle = _obstacle(directory)
     except NotADirectoryError:
         return False
     except OSError:
-        # Who may not look may not say that there is none.
+        # A process without the right to look cannot say that there is none.
         return True
     is_there = _is_there(path) or _has_log_only(path) or obstacle is not None
     return is_there or bool(quarantine.pending(path))
@@ -110,9 +113,9 @@ def exists(directory: Path) -> bool:
 def opened(
     directory: Path, size_limit: int, pinned: Collection[str] = (), *, create: bool = False
 ) -> Iterator[Database]:
-    """Give the file of a store for one thread's use, beside proxies that may be running.
+    """Give the file of a store to one thread, beside proxies that may be running.
 
-    Raises StoreError if there is none and it is not to be made, or for what fails in it later.
+    Raises StoreError if there is none and none is to be made, and for every later failure.
     """
     folder = folder_of(directory)
     if not create and not exists(directory):
@@ -160,11 +163,11 @@ def opened_for_reading(
 
 @contextlib.contextmanager
 def _looked_at(directory: Path, size_limit: int) -> Iterator[ReadOnlyFile | None]:
-    """Give a store's file for reading only; None where it has to be opened for writing first."""
+    """Give a store's file for reading only; None if it has to be opened for writing first."""
     path = folder_of(directory) / database.FILE_NAME
     with contextlib.ExitStack() as stack:
         file = None
-        # Whatever is wrong is found, and told, by who opens it for writing.
+        # The process that opens it for writing finds and reports every fault.
         with contextlib.suppress(Exception):
             file = _open_for_reading(directory, path, size_limit, stack)
         if file is None:
@@ -188,7 +191,7 @@ def _open_for_reading(
 
 
 def _is_sound(directory: Path, path: Path) -> bool:
-    """Tell whether the log of a store is whole, and no process has it open after it was deleted."""
+    """Tell whether a store's log is whole, and no process still has it open after a deletion."""
     is_idle = not sibling_path(path, LOG).exists()
     if not is_idle and not damage_of(path):
         return True
@@ -198,7 +201,7 @@ def _is_sound(directory: Path, path: Path) -> bool:
 
 
 def _tidy(directory: Path, path: Path) -> None:
-    """Let SQLite delete an empty log and its index, unless another process uses them by now."""
+    """Let SQLite delete an empty log and its index, unless another process uses them now."""
     with contextlib.suppress(*FAILURES), _held(directory):
         if sibling_path(path, LOG).stat().st_size == 0:
             with contextlib.closing(sqlite3.connect(path, timeout=0.0)) as last:
@@ -207,7 +210,7 @@ def _tidy(directory: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _held(directory: Path) -> Iterator[None]:
-    """Hold the writer's lock where there is one that can be had; it is not made. Raises OSError."""
+    """Hold the writer's lock if it exists and is free. It is not created. Raises OSError."""
     path = directory / _LOCK_NAME
     if not path.exists() or not os.access(path, os.W_OK):
         yield
@@ -257,7 +260,7 @@ def _only_read(folder: Path, failure: StoreError) -> Iterator[ReadOnlyFile]:
 
 
 def _is_only_unwritable(error: BaseException | None) -> bool:
-    """Tell whether a file that could not be opened may still be one that can be read."""
+    """Tell whether a file that could not be opened for writing may still be readable."""
     if error is None or is_damage(error) or isinstance(error, NewerLayout | NotAFile):
         return False
     is_io = primary_code(error) == sqlite3.SQLITE_IOERR  # Also of shared memory on a full disk.
@@ -265,7 +268,7 @@ def _is_only_unwritable(error: BaseException | None) -> bool:
 
 
 def _remedy(error: BaseException) -> str:
-    """Return what to do about an error of the moment; empty where nothing is known."""
+    """Return the remedy for a passing error; empty if none is known."""
     number, code = getattr(error, "errno", None), primary_code(error)
     if number in _NO_ACCESS or code in _SQL_NO_ACCESS:
         return "give this user write access to the folder and all files in it"
@@ -277,17 +280,17 @@ def _remedy(error: BaseException) -> str:
 
 
 def _explained(folder: Path, error: BaseException, otherwise: str = "") -> StoreError:
-    """Return what is told of a failure, with its remedy; `otherwise` where none is known."""
+    """Return the message of a failure with its remedy; `otherwise` is used if none is known."""
     remedy = _remedy(error) or otherwise
     if primary_code(error) == sqlite3.SQLITE_IOERR and disk_full.has_no_room(folder):
-        # SQLite says no more where there is no room for the index of its log.
+        # This is all that SQLite reports if there is no room for the index of its log.
         remedy = disk_full.REMEDY
     kind = DiskFull if remedy == disk_full.REMEDY else StoreError
     return kind(f"{folder}: {_cause(error)}{remedy and '; '}{remedy}")
 
 
 def _cause(error: BaseException) -> str:
-    """Say what an error is about, in words and not in numbers."""
+    """Return the cause of an error in words."""
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"
@@ -295,7 +298,7 @@ def _cause(error: BaseException) -> str:
 
 
 def is_damaged(error: StoreError) -> bool:
-    """Tell whether the store cannot be used because its file is damaged."""
+    """Tell whether the file of a store is damaged."""
     return error.__cause__ is not None and is_damage(error.__cause__)
 
 
@@ -352,24 +355,24 @@ class Disk:
                 log.warning("the disk tier is open again")
 
     async def read(self, work: Callable[[], T]) -> T:
-        """Return what `work` on the file returns, in the reading thread."""
+        """Run `work` on the file in the reading thread, and return its result."""
         return await self._in(self._reader, work)
 
     async def write(self, work: Callable[[], T]) -> T:
-        """Return what `work` on the file returns, in the writing thread."""
+        """Run `work` on the file in the writing thread, and return its result."""
         return await self._in(self._writer, work)
 
     @property
     def evicted(self) -> int:
-        """How many entries this process has evicted."""
+        """The number of entries that this process has evicted."""
         return self._evicted + (0 if self.file is None else self.file.evicted)
 
     async def replace(self, old: Database) -> None:
-        """Let go of a file that cannot be used any more, and open a fresh one. Raises FAILURES."""
+        """Close a file that cannot be used any more, and open a new one. Raises FAILURES."""
         async with self._opening:
             if self.file is not old:
                 return
-            # While its connections are open; and whoever writes meanwhile is refused.
+            # While its connections are open. Writers that come meanwhile are refused.
             if await self._in(self._writer, old.save_log):
                 log.error("%s: %s", old.path, database.LOG_DELETED)
             self.file = None
@@ -384,12 +387,12 @@ class Disk:
             await self._open_file()
 
     async def opened(self) -> None:
-        """Wait while the file is being opened, or replaced."""
+        """Wait while the file is being opened or replaced."""
         async with self._opening:
             pass
 
     async def close_saved(self) -> None:
-        """Close the damaged files of which all is saved."""
+        """Close the damaged files whose content is saved."""
         async with self._opening:
             damaged = await self.read(self._still_damaged)
             closed, self.damaged = set(self.damaged) - set(damaged), damaged
@@ -441,7 +444,7 @@ class Disk:
             if not is_damage(error):
                 raise
         with self._lock:
-            # Another process that found the same may have moved it already.
+            # Another process with the same error may have moved it already.
             quarantined = quarantine.move(path, inode)
         if quarantined is not None:
             log.error("%s is damaged: moved to %s, a new one is begun", path, quarantined.folder)

@@ -30,20 +30,20 @@ from .schema import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
 from .write_batch import StoredRecord, Use, WriteBatch
 
 BUSY_SECONDS = 2.0
-"""The longest wait for another process's write; then the write is given up."""
+"""The longest wait for another process's write. Then the write is given up."""
 
 LOG_WAIT_MS = 100
-"""How long a writer waits for readers to let go of a write-ahead log that has grown too long."""
+"""How long a writer waits for readers to release a write-ahead log that has grown too long."""
 _OTHER_PAGES = 16
-"""About how many pages one transaction writes beside those of records."""
+"""The approximate pages that one transaction writes besides those of records."""
 
 OWNER_SECONDS = 3.0
-"""How long a process that opens the file waits for one that must save a log that was deleted."""
+"""How long a process that opens the file waits for another that must save a deleted log."""
 _OWNER_POLL_SECONDS = 0.05
 _SAVE_TRIES = 10
 
 FULL_SECONDS = 10.0
-"""How long a store that is full of what is pinned is not asked again."""
+"""How long a store that is full of pinned entries gets no further attempt."""
 
 LOG_DELETED = "the write-ahead log was deleted while the file was open"
 
@@ -60,14 +60,14 @@ _SET = (
     "INSERT OR REPLACE INTO Settings VALUES (?, ?)",
     "UPDATE Settings SET value = ? WHERE key = ?",
 )
-"""By what diskcache writes a setting."""
+"""How diskcache writes a setting."""
 
 
 class RawDisk(diskcache.Disk):  # type: ignore[misc]
-    """Keeps `bytes` and nothing else, inside the database.
+    """Stores only `bytes`, inside the database.
 
-    diskcache pickles what is neither bytes nor a plain scalar, and reading a pickle runs code
-    (CVE-2025-69872). Here nothing is pickled, and a row that says it is one is never loaded.
+    diskcache pickles everything but bytes and plain scalars, and reading a pickle runs code
+    (CVE-2025-69872). Here nothing is pickled, and a row that is marked as a pickle is never loaded.
     """
 
     def put(self, key: object) -> tuple[memoryview, bool]:
@@ -97,9 +97,9 @@ class RawDisk(diskcache.Disk):  # type: ignore[misc]
 
 
 class QuietCache(diskcache.Cache):  # type: ignore[misc]
-    """diskcache's cache, which writes no setting again that the file has.
+    """diskcache's cache, without repeated writes of settings that the file already has.
 
-    Each would be a transaction of its own, all together about a MB of log at each opening.
+    Each write would be a transaction; together about 1 MB of log at each opening.
     """
 
     @property
@@ -129,11 +129,11 @@ def log_bytes(size_limit: int) -> int:
 
 
 class LogHeld(TimeoutError):
-    """A reader keeps the write-ahead log from being emptied, and there is no room for more."""
+    """A reader prevents SQLite from emptying the write-ahead log, and there is no room for more."""
 
 
 class FileReplaced(OSError):
-    """The file that is open is no longer the one at its path: what is written would be lost."""
+    """The open file is no longer the one at its path. A write would be lost."""
 
 
 class Database:
@@ -156,7 +156,7 @@ class Database:
         self._log = write_ahead_log.sibling_path(self.path, write_ahead_log.LOG)
         self._shared_memory = write_ahead_log.sibling_path(self.path, write_ahead_log.SHARED_MEMORY)
         self.most_bytes = max(size_limit // 64, 1 << 18)
-        """What one transaction should write at most, so that log and file stay within the limit."""
+        """The most bytes of one transaction, so that log and file stay within the limit."""
         self.uses_last_room = False
         """Whether records are also written when less than disk_full.FREE_BYTES is free."""
         self._full_until = 0.0
@@ -202,14 +202,14 @@ class Database:
             str(self.folder),
             timeout=BUSY_SECONDS,
             disk=RawDisk,
-            # Eviction is ours: diskcache's counts pages that are already free.
+            # Eviction is our own: that of diskcache counts pages that are already free.
             cull_limit=0,
             eviction_policy="none",
             sqlite_auto_vacuum=schema.INCREMENTAL,
             sqlite_cache_size=CACHE_PAGES,
             sqlite_journal_size_limit=self._log_pages * PAGE_BYTES,
             sqlite_mmap_size=MMAP_BYTES,
-            # What is evicted need not be overwritten; what is purged is (see `purge`).
+            # Evicted records need not be overwritten; purged records are (see `purge`).
             sqlite_secure_delete=0,
             sqlite_temp_store=disk_full.temp_store(),
             sqlite_wal_autocheckpoint=self._log_pages,
@@ -240,14 +240,14 @@ class Database:
 
     @property
     def replaced(self) -> bool:
-        """Whether the file that is open is no longer the one at its path."""
+        """Whether the open file is no longer the one at its path."""
         return quarantine.inode_of(self.path) != self._inode
 
     @property
     def has_lost_log(self) -> bool:
-        """Whether the log that is open, or its shared memory, is no longer at its path.
+        """Whether the open log, or its shared memory, is no longer at its path.
 
-        SQLite deletes them when the last connection is closed, not while this one is open.
+        SQLite deletes them when the last connection closes, not while this one is open.
         """
         pairs = zip(self._log_inodes, self._inodes_of_log(), strict=True)
         return any(noted is not None and noted != present for noted, present in pairs)
@@ -288,18 +288,18 @@ class Database:
         )
 
     def let_go(self) -> None:
-        """Refuse all further work, of any thread; each still closes its own connection."""
+        """Refuse all further work of any thread. Each thread still closes its own connection."""
         self._is_let_go = True
 
     def close(self) -> None:
-        """Close the calling thread's connection; the last one of all does a checkpoint."""
+        """Close the calling thread's connection. The last connection does a checkpoint."""
         with contextlib.suppress(TimeoutError), self._lock:
             self.cache.close()
 
     def quarantine(self) -> Path | None:
-        """Move the damaged file out of the way; return its folder (see `quarantine`).
+        """Move the damaged file aside; return its folder (see `quarantine`).
 
-        Returns None if it was already replaced, by another process that found the same damage.
+        Returns None if another process has already replaced it, after the same damage.
         """
         with self._lock:
             quarantined = quarantine.move(self.path, self._inode)
@@ -308,7 +308,7 @@ class Database:
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, StoredRecord]:
-        """Return the records that are there, by address, but for those stored before a time."""
+        """Return the existing records by address, except those stored before a time."""
         return read_only.read_many(self.sql, addresses, not_before)
 
     @contextlib.contextmanager
@@ -356,12 +356,12 @@ class Database:
 
     @property
     def evicted(self) -> int:
-        """How many entries were evicted since the file was opened."""
+        """The number of entries evicted since the file was opened."""
         return self._eviction.deleted
 
     @property
     def room(self) -> int:
-        """By how many bytes the file and its log are below their limit."""
+        """The number of bytes that file and log may still grow."""
         return self._size_limit - _size(self.path) - _size(self._log)
 
     def write(self, changes: WriteBatch, recent: Mapping[bytes, Use] | None = None) -> None:
@@ -409,13 +409,13 @@ class Database:
         try:
             return self._eviction.make_room(self.sql, pages_needed, used_at, effort)
         except StoreFull:
-            # Found out at some cost, and not to change soon.
+            # This is costly to find out, and does not change soon.
             self._full_until = time.monotonic() + FULL_SECONDS
             raise
 
 
 def _may_be_header(error: BaseException) -> bool:
-    """Tell whether an error may come of a damaged header, as well as of the moment."""
+    """Tell whether an error may come of a damaged header, or of a passing condition."""
     return isinstance(error, schema.NewerLayout) or "readonly" in str(error)
 
 

@@ -17,7 +17,7 @@ FREE_BYTES = 64 << 20
 """No record is written when less than this is free on the file system."""
 REMEDY = "free some space on the disk"
 _MIN_BYTES = 1 << 16
-"""Less than that is no room for what SQLite makes beside a file when it is opened."""
+"""With less free, SQLite cannot make the files that it needs beside an open database."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -28,10 +28,10 @@ def check_room(folder: Path) -> None:
 
 
 def temp_store() -> int:
-    """Return where SQLite is to make its temporary files: 2 = in memory, if there is no folder.
+    """Return SQLite's `temp_store`: 2 (memory) if there is no folder for temporary files, else 0.
 
-    Else it could not even make a new store, as in a container whose only writable folder is that of
-    the cache. https://www.sqlite.org/pragma.html#pragma_temp_store
+    Without such a folder, as in a container whose only writable folder is the cache, SQLite could
+    not even make a new store. https://www.sqlite.org/pragma.html#pragma_temp_store
     """
     try:
         tempfile.gettempdir()
@@ -41,7 +41,7 @@ def temp_store() -> int:
 
 
 def has_no_room(folder: Path) -> bool:
-    """Tell whether not even a store that is there can be opened."""
+    """Tell whether there is too little room even to open an existing store."""
     try:
         return shutil.disk_usage(folder).free < _MIN_BYTES
     except OSError:
@@ -49,6 +49,6 @@ def has_no_room(folder: Path) -> bool:
 
 
 def is_cause(error: BaseException) -> bool:
-    """Tell whether an error of the system or of SQLite says that there is no space."""
+    """Tell whether an error of the system or of SQLite means that the disk is full."""
     number = getattr(error, "errno", None)
     return number in _NO_SPACE or primary_code(error) == sqlite3.SQLITE_FULL

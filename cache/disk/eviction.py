@@ -15,25 +15,25 @@ from .schema import PAGE_BYTES, Sql, release_pages
 TOUCH_MS = 3_600_000
 """A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
 MIN_LOOK = 64
-"""Entries at the cold end that are looked at in one go, at least."""
+"""The fewest entries, used longest ago, that one look reads."""
 MAX_DATED = 5_000
-"""Uses that one transaction writes at most while it looks for what may go."""
+"""The most uses that one transaction writes while it looks for entries to evict."""
 TRANSACTIONS_A_FULL_LOOK = 256
 MOST_PAGES = 512
-"""The most pages (16 MiB) that one transaction deletes or moves beside what it needs itself."""
+"""The most pages (16 MiB) that one transaction deletes or moves besides its own."""
 _ROW_BYTES = 64
-"""What a row takes on its page beside the record, generously."""
+"""The bytes of a row on its page besides the record, generously."""
 _SPARE_PAGES = 4
-"""Made free beyond what is lacking, since rows seldom fill the last page to its end."""
+"""Pages made free beyond the need, because rows seldom fill the last page."""
 _OTHER_PAGES = 4
-"""Pages that a transaction may want for the narrow tables and the indexes."""
+"""Pages that a transaction may need for the narrow tables and the indexes."""
 
 
 def pages_for(lengths: Collection[int]) -> int:
-    """Return the pages that records of these lengths, in bytes, take in a file."""
+    """Return the number of pages that records of these lengths (bytes) take in a file."""
     if not lengths:
         return 0
-    # By how many share a page: what is salvaged or imported is of all lengths at once.
+    # By the number of records that share a page: salvaged and imported records have all lengths.
     sharing: Counter[int] = Counter()
     pages = _OTHER_PAGES
     for length in lengths:
@@ -49,7 +49,7 @@ FULL = "the store is full of what is pinned; nothing is written"
 
 
 class StoreFull(OSError):
-    """There is no room: what is left is pinned, and is never evicted."""
+    """There is no room: all that is left is pinned, and is never evicted."""
 
 
 class Eviction:
@@ -127,7 +127,7 @@ class Eviction:
         return max(0, min(TOUCH_MS, (now_ms - coldest[0][1]) // 4)) if coldest else TOUCH_MS
 
     def _pinned_ids(self, sql: Sql) -> str:
-        """Return the numbers of the pinned partitions, for a list in SQL."""
+        """Return the numbers of the pinned partitions, as a list for SQL."""
         if not self._pinned:
             return ""
         rows = sql("SELECT id, namespace FROM Partitions")
@@ -181,7 +181,7 @@ def _lacking(sql: Sql, limit: int, pages_needed: int) -> int:
 
 
 def _rows_of(sql: Sql, pages: int) -> int:
-    """Return how many rows fill so many pages, going by the average."""
+    """Return the number of rows that fill so many pages, by the average."""
     ((total,),) = sql("PRAGMA page_count")
     ((free,),) = sql("PRAGMA freelist_count")
     ((entries,),) = sql("SELECT value FROM Settings WHERE key = 'count'")
@@ -190,7 +190,7 @@ def _rows_of(sql: Sql, pages: int) -> int:
 
 
 def _move_first(sql: Sql, pages: int) -> None:
-    """Move the rows that lie first in the file to its end; what was half empty is then free."""
+    """Move the first rows of the file to its end, so that half-empty pages become free."""
     rows = sql("SELECT rowid FROM Cache ORDER BY rowid LIMIT ?", (_rows_of(sql, pages),)).fetchall()
     ((last,),) = sql("SELECT max(rowid) FROM Cache")
     for row, (old,) in enumerate(rows, start=(last or 0) + 1):

@@ -52,12 +52,12 @@ class ExclusiveFile:
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, StoredRecord]:
-        """Return the records that are there, by address, but for those stored before a time."""
+        """Return the existing records by address, except those stored before a time."""
         return read_only.read_many(self.sql, addresses, not_before)
 
     def close(self) -> None:
         """Close the file."""
-        # Where there is still no room for a log, whoever opens the file next goes back to one.
+        # If there is still no room for a log, the next process that opens the file returns to one.
         with contextlib.suppress(sqlite3.Error):
             self.sql("PRAGMA journal_mode = WAL").fetchall()
         self._connection.close()
@@ -79,7 +79,7 @@ def open_alone(directory: Path) -> Iterator[ExclusiveFile]:
             " disk"
         )
         if read_only.primary_code(error) == sqlite3.SQLITE_FULL:
-            # What the log holds comes into the file before the log goes.
+            # The content of the log is written into the file before the log is deleted.
             log = write_ahead_log.sibling_path(folder / FILE_NAME, write_ahead_log.LOG)
             remedy = f"free some space on the disk, as much as {log} takes, and purge again"
         why = getattr(error, "strerror", None) or error

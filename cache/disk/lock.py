@@ -20,9 +20,9 @@ _POLL_SECONDS = 0.001
 class WriterLock:
     """A context manager, for one thread of one process at a time; not reentrant.
 
-    The kernel lets go of the lock when its holder dies, however it dies. Threads of one process
-    share one open file, which the kernel locks once for all of them: a lock of their own keeps
-    them apart.
+    The kernel releases the lock when its holder dies. Threads of one process share one open file,
+    which the kernel locks once for all of them, so a second lock excludes the threads from each
+    other.
     """
 
     def __init__(self, path: Path, patience_s: float) -> None:
@@ -33,14 +33,14 @@ class WriterLock:
 
     @property
     def stale(self) -> bool:
-        """Whether the file was taken away, so that others lock another one."""
+        """Whether the file was deleted or replaced, so that other processes lock another one."""
         try:
             return not os.path.samestat(os.fstat(self._file), self._path.stat())
         except FileNotFoundError:
             return True
 
     def __enter__(self) -> None:
-        """Take the lock. Raises TimeoutError when somebody else keeps it for too long."""
+        """Take the lock. Raises TimeoutError if another holder keeps it for too long."""
         deadline = time.monotonic() + self._patience_s
         if not self._threads.acquire(timeout=self._patience_s):
             raise TimeoutError("another thread keeps writing to the store")
@@ -78,5 +78,5 @@ class WriterLock:
             self._threads.release()
 
     def close(self) -> None:
-        """Give the file back; the lock cannot be taken afterwards."""
+        """Close the file. The lock cannot be taken afterwards."""
         os.close(self._file)

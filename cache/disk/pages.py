@@ -18,13 +18,13 @@ _int = int.from_bytes  # All numbers are big-endian.
 
 
 MAX_LAYOUT = 1_000
-"""No version of the store's tables is higher; what claims to be is noise."""
+"""No layout of the store has a higher version. A higher number is noise."""
 
 
 def is_header_damaged(head: bytes) -> bool:
     """Tell whether the first 100 bytes of a file are not those of a database (1.3).
 
-    SQLite takes some of that for a file that it may not write, or of a format to come.
+    SQLite takes some damaged headers for read-only files or for a later format.
     """
     size = _int(head[16:18])
     layout = _int(head[60:64], signed=True)
@@ -39,7 +39,7 @@ def is_header_damaged(head: bytes) -> bool:
 
 
 class Layout(NamedTuple):
-    """What the header of a payload says of its columns (2.1)."""
+    """The columns of a payload, from its header (2.1)."""
 
     types: list[int]
     starts: list[int]  # Of the columns in the payload; and where the last one ends.
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One cell (1.6): where in the page its payload begins and ends, or goes on elsewhere."""
+    """One cell (1.6): where its payload begins and ends in the page, and how much is elsewhere."""
 
     rowid: int
     begin: int
@@ -74,7 +74,7 @@ class Cell(NamedTuple):
 def cells(page: bytes, size: int, start: int, *kinds: int) -> Iterator[Cell | None]:
     """Yield the cells of a page of one of these kinds (1.6), and None for an unreadable one.
 
-    `size` is that of all pages, `start` is where this one's own header begins.
+    `size` is the page size, `start` the offset of this page's own header.
     """
     unreadable, pointers = 0, _pointers(page, start, kinds)
     is_table = bool(pointers) and page[start] == TABLE_LEAF
@@ -88,7 +88,7 @@ def cells(page: bytes, size: int, start: int, *kinds: int) -> Iterator[Cell | No
 
 
 def shapes(page: bytes, size: int, start: int, *kinds: int) -> set[str]:
-    """Return the shapes of a few cells of a page, "" for one that is unreadable.
+    """Return the shapes of a few cells of a page; "" for an unreadable one.
 
     All cells of a sound page belong to one table or index (1.6).
     """
@@ -106,7 +106,7 @@ def shapes(page: bytes, size: int, start: int, *kinds: int) -> set[str]:
 
 
 def _pointers(page: bytes, start: int, kinds: tuple[int, ...]) -> list[int]:
-    """Return where the cells of a page begin, each once; none for a page of another kind."""
+    """Return the offsets of a page's cells, each once; none for a page of another kind."""
     if len(page) < start + 12 or page[start] not in kinds:
         return []
     down = 4 if page[start] == INDEX_INTERIOR else 0  # A pointer's length.

@@ -23,11 +23,11 @@ from .schema import Sql, release_pages
 ROWS_A_TRANSACTION = 100
 ENTRIES_A_READ = 5000
 PAGES_A_STEP = 512
-"""16 MiB: given back in one transaction."""
+"""Pages that one transaction returns to the file system: 16 MiB."""
 
 SIGNAL_NAME = "purges"
 _SIGNAL = struct.Struct("<QQ")
-"""A purge's number in the file, and its time: a file that is begun anew counts from 1 again."""
+"""The number of a purge in the file, and its time. A new file counts from 1 again."""
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 Position: TypeAlias = tuple[int, int]
@@ -41,7 +41,7 @@ _RECORDS = (
 
 
 class WritableFile(ReadableFile, Protocol):
-    """A store's file as far as it is purged: a `Database`, or an `ExclusiveFile`."""
+    """The part of a store's file that a purge uses: a `Database` or an `ExclusiveFile`."""
 
     def transaction(self, pages: int = 0) -> contextlib.AbstractContextManager[Any]:
         """Give the connection for changes that are made together; they write about so many pages.
@@ -52,11 +52,11 @@ class WritableFile(ReadableFile, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PurgeFilter:
-    """Entries for which all that is given holds; with nothing given, all entries."""
+    """The entries to purge: those that match all given values; without any, all entries."""
 
     namespace: str | None = None
     space: str | None = None
-    """A space's label; without parameters it stands for the spaces with parameters, too."""
+    """A space's label. Without parameters it also means the spaces with parameters."""
     stored_before: float | None = None
     """Seconds since 1970."""
     used_before: float | None = None
@@ -64,7 +64,7 @@ class PurgeFilter:
 
 
 def count_entries(database: ReadableFile, choice: PurgeFilter) -> tuple[int, int]:
-    """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
+    """Return the number of chosen entries, and the bytes of their records. Raises FAILURES."""
     counts = count_by_partition(database, choice).values()
     entries, size = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     if choice == PurgeFilter():
@@ -97,7 +97,7 @@ def count_by_partition(
 
 
 def is_chosen(database: ReadableFile, choice: PurgeFilter, address: bytes) -> bool:
-    """Tell whether the entry at an address is there, and among those chosen. Raises FAILURES."""
+    """Tell whether an entry exists at an address and is chosen. Raises FAILURES."""
     condition, values = where(replace(choice, address=address))
     return bool(
         database.sql(f"SELECT 1 FROM {_RECORDS} WHERE {condition} LIMIT 1", values).fetchone()
@@ -131,7 +131,7 @@ def delete(database: WritableFile, choice: PurgeFilter, *, overwrite: bool = Tru
 
 
 def _partitions(sql: Sql, choice: PurgeFilter) -> list[tuple[int | None, int]]:
-    """Return the numbers and widths of the partitions that are chosen; None is what is in none."""
+    """Return the numbers and widths of the chosen partitions; None for entries without one."""
     condition, values = where(replace(choice, stored_before=None, used_before=None))
     rows: list[tuple[int | None, int]] = sql(
         f"SELECT id, dimensions FROM Partitions WHERE {condition}", values
@@ -142,7 +142,7 @@ def _partitions(sql: Sql, choice: PurgeFilter) -> list[tuple[int | None, int]]:
 
 
 def _end(sql: Sql, partition: int | None) -> int:
-    """Return the time, in milliseconds since 1970, before which all entries were stored so far."""
+    """Return a time, in milliseconds since 1970, before which all present entries were stored."""
     ((newest,),) = sql("SELECT max(stored) FROM Entries WHERE partition IS ?", (partition,))
     return _FOREVER if newest is None else int(newest) + 1
 
@@ -180,7 +180,7 @@ def _delete(connection: Any, rows: Sequence[tuple[int]]) -> None:  # noqa: ANN40
 def _delete_records(
     database: WritableFile, choice: PurgeFilter, *, overwrite: bool
 ) -> Iterator[int]:
-    """Delete the record at an address, or all records, whatever else is known of them."""
+    """Delete the record at an address, or all records, also those without further rows."""
     condition, values = where(choice)
     # A row that others move to the end of the file meanwhile is known by its time.
     values["began"] = time.time()
@@ -204,7 +204,7 @@ def _delete_records(
 
 @contextlib.contextmanager
 def _deleting(database: WritableFile, *, overwrite: bool) -> Iterator[Any]:
-    """Give a transaction in which what is deleted is overwritten, or is not."""
+    """Give a transaction that overwrites deleted records, or does not."""
     with database.transaction(ROWS_A_TRANSACTION // 4) as connection:
         connection.execute(f"PRAGMA secure_delete = {int(overwrite)}").fetchall()
         try:
@@ -231,7 +231,7 @@ class PurgeSignal:
         self._last = self._map[:]
 
     def poll(self) -> int | None:
-        """Return the number of the last purge if there was one since this was asked; else None."""
+        """Return the number of the last purge if it is new since the last poll; else None."""
         last = self._map[:]
         if last == self._last:
             return None
@@ -245,10 +245,10 @@ class PurgeSignal:
 
 
 def announce(database: WritableFile, entries: int) -> bool:
-    """Tell running proxies that entries were deleted: they empty their memory. Raises FAILURES.
+    """Signal running proxies that entries were deleted, so that they empty their memory.
 
-    Returns whether they were signalled: then they serve nothing of it from now on. Else they notice
-    it at the next tick of their store.
+    Returns whether they were signalled; then they serve no deleted entry from now on. Otherwise
+    they notice it at the next tick of their store. Raises FAILURES.
     """
     at = int(1000 * time.time())
     with database.transaction() as connection:
@@ -266,7 +266,7 @@ def announce(database: WritableFile, entries: int) -> bool:
 
 
 def count_purges(database: ReadableFile) -> int:
-    """Return the number of the last purge that was announced. Raises FAILURES."""
+    """Return the number of the last announced purge. Raises FAILURES."""
     ((number,),) = database.sql("SELECT coalesce(max(id), 0) FROM Purges")
     return int(number)
 
@@ -282,7 +282,7 @@ def _shrink(database: WritableFile) -> Iterator[int]:
 
 
 def _let_others(start: float) -> None:
-    """Leave other writers a gap: who waits for the lock looks for it each millisecond."""
+    """Pause for other writers, which try the lock every millisecond."""
     time.sleep(max(0.003, (time.monotonic() - start) / 4))
 
 

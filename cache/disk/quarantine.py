@@ -46,18 +46,18 @@ class QuarantinedFile:
 
     @property
     def number(self) -> int:
-        """Counts the files that were set aside here: a later one has a higher number."""
+        """The order of the files that were set aside: a later one has a higher number."""
         number = self.state.get("number")
         return number if type(number) is int else 0
 
     @property
     def is_pending(self) -> bool:
-        """Whether there may be something in it that is not in the store's file yet."""
+        """Whether it may hold something that is not in the store's file yet."""
         return not self.state.get("done", True)
 
     @property
     def is_moved(self) -> bool:
-        """Whether the file lies here; else it is still to be moved (`complete`)."""
+        """Whether the file is in this folder. Otherwise it is still to be moved (`complete`)."""
         return bool(self.state.get("moved"))
 
     @property
@@ -67,7 +67,7 @@ class QuarantinedFile:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What `salvage.json` says; nothing without one; that all is to do if it is damaged."""
+        """The content of `salvage.json`; empty without one; all undone if it is damaged."""
         try:
             state = json.loads((self.folder / STATE_FILE).read_bytes())
         except FileNotFoundError:
@@ -77,24 +77,24 @@ class QuarantinedFile:
         return state if isinstance(state, dict) else {"done": False, "moved": self.path.exists()}
 
     def note(self, **changed: object) -> None:
-        """Write to `salvage.json`, all or nothing. Raises OSError."""
+        """Write to `salvage.json` as a whole. Raises OSError."""
         atomic_file.write(self.folder / STATE_FILE, json.dumps(self.state | changed).encode())
 
 
 def is_name(name: str) -> bool:
-    """Tell whether a folder's name is one that files are set aside under."""
+    """Tell whether a folder has the name of a quarantine."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_in_folder(path: Path) -> bool:
-    """Tell whether a file lies in a folder of such a name, wherever that is."""
+    """Tell whether a file is in a folder with the name of a quarantine."""
     return is_name(path.absolute().parent.name)
 
 
 def move(path: Path, inode: int | None) -> QuarantinedFile | None:
-    """Move the database at `path` out of the way, if it is still the one with that inode.
+    """Move the database at `path` aside, if it is still the one with that inode.
 
-    The caller holds the writer's lock. Raises OSError; what is then left to do `complete` does.
+    The caller holds the writer's lock. Raises OSError; `complete` then does the rest.
     """
     if inode is None or inode_of(path) != inode:
         return None
@@ -106,7 +106,7 @@ def move(path: Path, inode: int | None) -> QuarantinedFile | None:
 
 
 def complete(path: Path) -> None:
-    """Finish what a process began that was killed in `move`. The caller holds the writer's lock.
+    """Finish a `move` whose process was killed. The caller holds the writer's lock.
 
     Raises OSError.
     """
@@ -116,7 +116,7 @@ def complete(path: Path) -> None:
 
 
 def pending(path: Path) -> list[QuarantinedFile]:
-    """Return what was set aside of the store at `path` and is not salvaged, the latest first."""
+    """Return the quarantined files of a store that are not salvaged, the latest first."""
     folders = [
         quarantined for quarantined in _all(path) if quarantined.is_pending and quarantined.is_moved
     ]
@@ -134,11 +134,11 @@ def inode_of(path: Path) -> int | None:
 def _finish_move(quarantined: QuarantinedFile, path: Path) -> None:
     if not quarantined.path.exists():
         if inode_of(path) != quarantined.state.get("inode"):
-            # Somebody has put another file there since.
+            # Another file has been put there since.
             quarantined.note(done=True, moved=True)
             return
         atomic_file.move(path, quarantined.path)
-    # The log is that of the moved file as long as no other file stands at its path.
+    # The log belongs to the moved file as long as no other file is at its path.
     if not has_content(path):
         with contextlib.suppress(FileNotFoundError):
             atomic_file.move(path.with_name(f"{path.name}{LOG}"), quarantined.log)
@@ -157,7 +157,7 @@ def _made_folder(folder: Path) -> Path:
 
 
 def _all(path: Path) -> list[QuarantinedFile]:
-    """Return all that was set aside of the store at `path`."""
+    """Return all quarantined files of the store at `path`."""
     try:
         names = [folder.name for folder in path.parent.parent.iterdir()]
     except OSError:

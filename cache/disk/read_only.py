@@ -23,14 +23,14 @@ ADDRESSES_A_SELECT = 512
 PATIENCE_SECONDS = 5.0
 """The longest wait for another process that reads the log of a damaged file for the first time."""
 SLOW_SECONDS = 0.005
-"""Shorter ones hold up nobody to speak of, wherever the page comes from."""
+"""A shorter read does not delay others noticeably."""
 LEDGER_DAMAGED = "the ledger is damaged: its two copies disagree"
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _RAW = 1  # diskcache's mode of a value that is bytes and nothing else
 
 
 class ReadableFile(Protocol):
-    """A store's file as far as it is read: by `Database`, or by `ReadOnlyFile`. For one thread."""
+    """The part of a store's file that readers use. For one thread."""
 
     @property
     def folder(self) -> Path:
@@ -51,7 +51,7 @@ class ReadableFile(Protocol):
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, StoredRecord]:
-        """Return the records that are there, by address, but for those stored before a time."""
+        """Return the existing records by address, except those stored before a time."""
 
 
 def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[bytes, StoredRecord]:
@@ -67,7 +67,7 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
 
 @lru_cache(maxsize=ADDRESSES_A_SELECT)
 def _select(addresses: int) -> str:
-    """Return the statement that reads so many addresses; one of them by the index alone."""
+    """Return the statement that reads so many addresses; a single one by the index alone."""
     condition = "= ?" if addresses == 1 else f"IN ({','.join('?' * addresses)})"
     return (
         "SELECT key, value, coalesce(CAST(store_time AS REAL), 0) FROM Cache"
@@ -128,7 +128,7 @@ class ReadOnlyFile:
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, StoredRecord]:
-        """Return the records that are there, by address, but for those stored before a time."""
+        """Return the existing records by address, except those stored before a time."""
         return read_many(self._connection.execute, addresses, not_before)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class ReadOnlyFile:
 
 
 class DamagedFile:
-    """A damaged file that was set aside, read as far as that goes. For one thread; never raises."""
+    """A quarantined file, as far as it can be read. For one thread; never raises."""
 
     def __init__(self, quarantined: QuarantinedFile) -> None:
         self.quarantined = quarantined
@@ -149,7 +149,7 @@ class DamagedFile:
             if quarantined.path.stat().st_size == 0:
                 return
         for query in ("mode=ro", "mode=ro&immutable=1"):
-            # The second where SQLite can make no file beside it; then it reads no log.
+            # The second is used if SQLite can make no file beside it; it then reads no log.
             self.close()
             with contextlib.suppress(sqlite3.Error):
                 self._connection = _connected(quarantined.path, query, patience_s=PATIENCE_SECONDS)
@@ -160,9 +160,9 @@ class DamagedFile:
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> tuple[dict[bytes, StoredRecord], set[bytes]]:
-        """Return the records that can be read, by address, and which addresses cannot be looked up.
+        """Return the readable records by address, and the addresses that cannot be looked up.
 
-        What is in neither is not in the file. After `close`, nothing can be looked up.
+        All other addresses are not in the file. After `close`, nothing can be looked up.
         """
         records: dict[bytes, StoredRecord] = {}
         unreadable: set[bytes] = set()
@@ -199,31 +199,31 @@ class DamagedFile:
 
 
 class InlineReader:
-    """A look at a store's file that is short, or not taken: for the event loop's own thread.
+    """Reads a store's file in the event loop's own thread, if that is quick.
 
-    What the page cache holds is read in less time than a turn to another thread takes. While it
-    is read, everybody else waits; so after one that was slow, none is taken for a while.
+    A read from the page cache is faster than a switch to another thread, but it blocks the event
+    loop. So after a slow read, no read is made here for a while.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """Open it, in whatever thread. Raises sqlite3.Error."""
+        """Open the file, in any thread. Raises sqlite3.Error."""
         self._connection = _connect(path, "mode=ro", patience_s=0.0)
         self._connection.execute(f"PRAGMA mmap_size = {MMAP_BYTES}").fetchall()
         self._connection.execute(f"PRAGMA cache_size = {CACHE_PAGES}")
-        # To make a cursor for each look costs a tenth of the look.
+        # A new cursor for each read costs a tenth of the read.
         self._cursor = self._connection.cursor()
         self._clock = clock
         self._backoff = Backoff(clock=clock)
         self._is_first = True
         self._disk_reads: int | None = None
-        """Of the thread that reads, when that was last asked."""
+        """The disk reads of the reading thread at the last call."""
 
     def get_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, StoredRecord] | None:
-        """Return what `read_many` would; None where that might take long, or has failed.
+        """Return the result of `read_many`; None if a read may be slow, or has failed.
 
-        What fails here is found, and told, by whoever reads the same in a thread.
+        A thread repeats a failed read, and reports the failure.
         """
         if self._backoff.is_waiting:
             return None
@@ -242,7 +242,10 @@ class InlineReader:
         return records
 
     def _has_read_from_disk(self) -> bool:
-        """Tell whether this thread has, since it was last asked; where nobody knows, it has."""
+        """Tell whether this thread has read from the disk since the last call.
+
+        True if the system cannot tell.
+        """
         before, self._disk_reads = self._disk_reads, _disk_reads()
         return before is None or self._disk_reads != before
 
@@ -252,7 +255,7 @@ class InlineReader:
 
 
 def _disk_reads() -> int | None:
-    """Return how often this thread has waited for a page so far; None where nobody counts that."""
+    """Return how often this thread has waited for a page so far; None if the system cannot tell."""
     if not hasattr(resource, "RUSAGE_THREAD"):
         return None
     spent = resource.getrusage(resource.RUSAGE_THREAD)
@@ -265,11 +268,11 @@ def address_of(path: Path, query: str = "mode=ro") -> str:
 
 
 def connect_read_only(path: Path, table: str = "Cache") -> tuple[sqlite3.Connection, str]:
-    """Return a connection that only reads a file with this table, and the URI that it was made by.
+    """Return a connection that only reads a file with this table, and the URI of the connection.
 
-    Where SQLite can make no lock or shared memory beside the file, the file is taken for one that
-    nobody changes, and its write-ahead log is not read. A file that somebody keeps locked is not:
-    its pages change. Raises sqlite3.Error.
+    If SQLite can make no lock or shared memory beside the file, it is read as an unchanging file,
+    without its write-ahead log; not if another process keeps it locked, because then its pages
+    change. Raises sqlite3.Error.
     """
     query = "mode=ro"
     try:

@@ -19,11 +19,11 @@ from .write_batch import StoredRecord
 log = logging.getLogger("embedding_proxy.store")
 
 SECONDS = 5.0
-"""The longest wait for a read. Generous: what is taken for a miss is paid for again."""
+"""The longest wait for a read. It is generous, because a missed record is bought again."""
 TRIES = 3
-"""How often a read begins anew because the file was damaged, or replaced."""
+"""Attempts of a read whose file was damaged or replaced."""
 MAX_INLINE_RECORDS = 32
-"""Records that are read without a turn for others, in some tenths of a millisecond."""
+"""Records that the event loop reads itself, in some tenths of a millisecond."""
 
 
 class Reader:
@@ -35,9 +35,9 @@ class Reader:
         replace: Callable[[Database], Awaitable[None]],
         salvaged: Callable[[], Awaitable[None]],
     ) -> None:
-        """`replace` is told of a file that turns out to be damaged.
+        """`replace` gets a file that turns out to be damaged.
 
-        `salvaged` waits until all that is whole in the damaged files is in the present one.
+        `salvaged` waits until everything that is whole in damaged files is in the present one.
         """
         self._disk = disk
         self._replace = replace
@@ -48,7 +48,7 @@ class Reader:
     def lookup_nowait(
         self, addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord] | None:
-        """Return what `lookup` would; None if that has to be awaited."""
+        """Return the result of `lookup`; None if it has to be awaited."""
         records = self._read_inline(addresses, not_before)
         if records is None or len(records) == len(addresses):
             return records
@@ -57,16 +57,16 @@ class Reader:
     async def lookup(
         self, addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord]:
-        """Return the records that are there, by address, but for those stored before a time.
+        """Return the existing records by address, except those stored before a time.
 
-        What the file does not have is looked for in those that were set aside, damaged, and are
-        not salvaged yet.
+        Records that the file does not have are read from quarantined files that are not salvaged
+        yet.
         """
         damaged = self._disk.damaged
         records = await self._from_file(addresses, not_before)
         if len(records) < len(addresses) and await self._is_replaced():
             records |= await self._from_file([a for a in addresses if a not in records], not_before)
-        # Also those that were set aside meanwhile, and those that were salvaged meanwhile.
+        # Also files that were quarantined or salvaged meanwhile.
         damaged = tuple(dict.fromkeys((*damaged, *self._disk.damaged)))
         if damaged and len(records) < len(addresses):
             missing = [address for address in addresses if address not in records]
@@ -74,14 +74,14 @@ class Reader:
         return records
 
     async def _is_replaced(self) -> bool:
-        """Tell whether another process has begun a new file, after opening that."""
+        """Tell whether another process has made a new file; open that one."""
         file = self._replaced_file()
         if file is not None:
             await self._replace(file)
         return file is not None
 
     def _replaced_file(self) -> Database | None:
-        """Return the open file, if another process has put a new one into its place."""
+        """Return the open file if another process has put a new one at its path."""
         file = self._disk.file
         with contextlib.suppress(OSError):
             if file is not None and file.replaced:
@@ -91,7 +91,7 @@ class Reader:
     def _read_inline(
         self, addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord] | None:
-        """Return what the file has of a few addresses; None if a thread is to read it."""
+        """Return the records of a few addresses; None if a thread has to read them."""
         inline = self._disk.inline_reader
         if inline is None or len(addresses) > MAX_INLINE_RECORDS or self.backoff.is_waiting:
             return None
@@ -124,7 +124,7 @@ class Reader:
     async def _try_in_thread(
         self, addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord] | None:
-        """Return what is there; None if there is another file now."""
+        """Return the existing records; None if the file was exchanged."""
         source: Database | ReadOnlyFile | None = None
         try:
             async with asyncio.timeout(SECONDS):
@@ -151,7 +151,7 @@ class Reader:
         return records
 
     async def _source(self) -> Database | ReadOnlyFile | None:
-        """Return the file to read from, after it was replaced if it is about to be."""
+        """Return the file to read from, after a replacement in progress."""
         if self._disk.file is None:
             await self._disk.opened()
         return self._disk.file or self._disk.read_only
@@ -159,7 +159,7 @@ class Reader:
     async def _from_damaged(
         self, files: Sequence[DamagedFile], addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord]:
-        """Return what the damaged files have of these, or the file, once all is saved."""
+        """Return records from the damaged files, or from the file once all is saved."""
         if self.backoff.is_waiting:
             return {}
         records: dict[bytes, StoredRecord] = {}
@@ -181,14 +181,14 @@ class Reader:
         return records
 
     async def is_salvaged(self) -> bool:
-        """Wait until what can be saved is in the file, but not for long."""
+        """Wait for the end of the salvage, within a limit."""
         if self._lock_backoff.is_waiting:
             return False
         try:
             async with asyncio.timeout(SECONDS):
                 await self._salvaged()
         except TimeoutError:
-            # A large file takes longer than anybody should wait.
+            # A large file takes longer than a request can wait.
             self._lock_backoff.fail()
             return False
         self._lock_backoff.succeed()

@@ -43,19 +43,19 @@ T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.store")
 
 LOCK_FILE = "salvage.lock"
-"""Beside the writer's lock: whoever holds it salvages, for all processes."""
+"""Beside the writer's lock: its holder salvages for all processes."""
 RECORDS_A_STEP = 2_000
 BYTES_A_STEP = 1 << 20
 MAX_PAUSE_SECONDS = 0.01
 POLL_SECONDS = 0.1
-"""Between two looks whether another process has finished a salvage."""
+"""Interval of the checks whether another process has finished a salvage."""
 FINISH_POLL_SECONDS = 0.02
-"""The same, for a store that waits for its own salvage."""
+"""Interval of the checks of a store that waits for its own salvage."""
 
 
 @dataclass
 class Outcome:
-    """What came of a file."""
+    """The result of salvaging a file."""
 
     records: int = 0
     """Records that were saved."""
@@ -79,10 +79,10 @@ def steps(
     *,
     with_sums: bool = True,
 ) -> Generator[Step, None, None]:
-    """Yield what is to be done so that all that is whole in a damaged file is in the store's.
+    """Yield the steps that bring everything whole in a damaged file into the store's file.
 
-    `name` is the mark that its sums were taken. The steps do not depend on one another, but for
-    their order. Raises OSError if the file cannot be opened, and what `progress` raises.
+    `name` marks that its sums were taken. The steps are independent, except for their order. Raises
+    OSError if the file cannot be opened, and what `progress` raises.
     """
     with RecordCarver(path, report, progress) as carver:
         if with_sums:
@@ -94,9 +94,9 @@ def steps(
 
 
 def pause_after(start: float) -> float:
-    """Return for how long others get their turn, in seconds: as long as the step took, or enough.
+    """Return the pause after a step for other writers, in seconds: as long as the step, bounded.
 
-    Who waits for the writer's lock asks for it every millisecond.
+    A writer that waits for the lock tries it every millisecond.
     """
     return min(max(0.002, time.monotonic() - start), MAX_PAUSE_SECONDS)
 
@@ -108,11 +108,11 @@ def salvage_file(
     *,
     add_sums: bool = False,
 ) -> tuple[Outcome, CarveReport]:
-    """Put what is whole in any damaged file into the store's. Raises FAILURES.
+    """Put everything whole in any damaged file into the store's. Raises FAILURES.
 
-    The sums of a file that was set aside are added once: it is known by the name of its folder. The
-    sums of any other file may be in the ledger already, as those of a backup are. They are added
-    only if `add_sums` says so, and once: such a file is known by its content.
+    The sums of a quarantined file are added once; the name of its folder identifies it. The sums of
+    any other file may be in the ledger already, as those of a backup are. They are added only with
+    `add_sums`, and once; the content of the file identifies it.
     """
     if quarantine.is_in_folder(path):
         return _run(database, path, path.absolute().parent.name, progress)
@@ -125,9 +125,9 @@ def salvage_pending(
     pinned: Collection[str] = (),
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Finish the salvage of all that was set aside of a store, or wait until another process has.
+    """Finish the salvage of all quarantined files of a store, or wait for another process's.
 
-    Returns what came of each file. Raises StoreError.
+    Returns the outcome of each file. Raises StoreError.
     """
     path = folder_of(directory) / FILE_NAME
     if not (files := quarantine.pending(path)):
@@ -151,7 +151,7 @@ def salvage_pending(
 
 @contextlib.contextmanager
 def hold_alone(directory: Path) -> Iterator[bool]:
-    """Give whether nobody else salvages in this directory; then nobody does meanwhile.
+    """Give whether this process alone salvages in this directory.
 
     Raises OSError.
     """
@@ -167,7 +167,7 @@ def hold_alone(directory: Path) -> Iterator[bool]:
 
 
 def finish(quarantined: QuarantinedFile, outcome: Outcome) -> None:
-    """Note that all is in the store's file. Raises OSError."""
+    """Record that everything is in the store's file. Raises OSError."""
     quarantined.note(done=True, **asdict(outcome))
     log.warning(
         "%s: %d records and %d sums were saved; the folder is not needed any more,"
@@ -177,7 +177,7 @@ def finish(quarantined: QuarantinedFile, outcome: Outcome) -> None:
 
 
 def outcome_of(quarantined: QuarantinedFile) -> Outcome:
-    """Return what came of a file, as it was noted."""
+    """Return the recorded outcome of a file."""
     state = quarantined.state
     return Outcome(**{name: int(state.get(name, 0)) for name in asdict(Outcome())})
 
@@ -227,7 +227,7 @@ def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> N
     pending: dict[bytes, PendingRecord] = {}
     for row in rows:
         stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
-        # Of two rows of one address the first is the better known.
+        # Of two rows of one address, the first has more known facts.
         pending.setdefault(row.address, PendingRecord(row.record, row.partition, stored))
     stored_records = database.read_many(list(pending))
     bad = [
@@ -245,7 +245,7 @@ def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> N
 
 
 def _put_late_records(rows: Collection[Row], database: Database, outcome: Outcome) -> None:
-    # They may have been deleted to make room; nothing that is certain makes room for them.
+    # They may have been evicted. No certain record is evicted for them.
     if database.room > 2 * sum(len(row.record) for row in rows):
         _put_records(rows, database, outcome)
 
@@ -272,14 +272,14 @@ def _digest(path: Path) -> str:
 
 
 class _Stopped(Exception):
-    """The store is closing, or has another file: the rest is for the next time."""
+    """The store is closing, or has another file. The next start continues."""
 
 
 class Salvager:
-    """Saves what is in the damaged files of a disk. For one thread: the event loop's."""
+    """Saves the content of a disk's damaged files. For one thread: the event loop's."""
 
     def __init__(self, disk: Disk, replace: Callable[[Database], Awaitable[None]]) -> None:
-        """`replace` is told of a file that turns out to be damaged, too."""
+        """`replace` gets a file that turns out to be damaged too."""
         self._disk = disk
         self._replace = replace
         self._backoff = Backoff()
@@ -289,7 +289,7 @@ class Salvager:
         self._thread: ThreadPoolExecutor | None = None
 
     def start(self) -> None:
-        """Begin to save what there is to be saved, if there is anything and nobody is at it."""
+        """Begin to salvage, if there is anything to salvage and no salvage is running."""
         is_idle = self._task is None or self._task.done()
         if is_idle and self._is_ready and not self._backoff.is_waiting:
             self._task = asyncio.create_task(self._run())
@@ -300,7 +300,7 @@ class Salvager:
         return bool(disk.damaged) and disk.file is not None and not self._stop.is_set()
 
     async def finished(self) -> None:
-        """Wait until all is saved, by this process or by another."""
+        """Wait until everything is saved, by this process or by another."""
         while self._disk.damaged and not self._stop.is_set():
             self.start()
             if self._task is not None and not self._task.done():
@@ -312,7 +312,7 @@ class Salvager:
                         await self._stopping.wait()
 
     async def stop(self) -> None:
-        """Break off after the present step."""
+        """Stop after the present step."""
         self._stop.set()
         self._stopping.set()
         if self._task is not None:
@@ -373,7 +373,7 @@ class Salvager:
         await self._in_thread(partial(finish, quarantined, outcome))
 
     async def _put(self, step: Step, file: Database, outcome: Outcome) -> None:
-        """Do a step, and again until the disk takes it."""
+        """Do a step; repeat it until the disk accepts it."""
         backoff = Backoff()
         while True:
             self._check()
@@ -391,7 +391,7 @@ class Salvager:
                 return
 
     def _check(self, _: int = 0) -> None:
-        """Raise _Stopped when it is time to stop."""
+        """Raise _Stopped if the salvage has to stop."""
         if self._stop.is_set():
             raise _Stopped
 

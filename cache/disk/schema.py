@@ -20,7 +20,7 @@ MMAP_BYTES = 1 << 36
 CACHE_PAGES = 1024
 """A connection's own cache, 32 MiB: beyond what is mapped it saves the index from being re-read."""
 LAYOUT = 3
-"""Kept in `PRAGMA user_version`; a file of an older layout is brought up to it when opened."""
+"""The layout, in `PRAGMA user_version`. A file of an older layout is upgraded when it is opened."""
 
 INCREMENTAL = 2
 """`PRAGMA auto_vacuum`: freed pages can be given back, but nothing is moved at every commit."""
@@ -45,7 +45,7 @@ _FROM_NONE = (
         joins INTEGER NOT NULL, misses INTEGER NOT NULL, duplicates INTEGER NOT NULL,
         tokens_saved INTEGER NOT NULL, tokens_billed INTEGER NOT NULL,
         PRIMARY KEY (day, partition)) WITHOUT ROWID""",
-    # What people deleted. Running proxies look here to learn that their memory is out of date.
+    # Purges. Running proxies read it to learn that their memory is out of date.
     """CREATE TABLE IF NOT EXISTS Purges (
         id INTEGER PRIMARY KEY, at INTEGER NOT NULL, entries INTEGER NOT NULL)""",
     # Of layout 0 the time of the last use is all that can be had without reading every record.
@@ -98,19 +98,19 @@ _FROM_2 = (
         WHERE expire_time IS NOT NULL""",
 )
 _STEPS = {0: _FROM_NONE, 1: _FROM_1, 2: _FROM_2}
-"""From each older layout the statements that lead to the next."""
+"""The statements that lead from each older layout to the next."""
 
 
 class NewerLayout(OSError):
-    """The file was written by a newer version, and is left as it is."""
+    """A newer version wrote the file. It is not changed."""
 
 
 def prepare(path: Path) -> None:
-    """Lay out a file that is not there yet, or still empty, as a kill can leave it."""
+    """Lay out a file that does not exist yet, or is empty, as a kill can leave it."""
     if path.exists() and path.stat().st_size:
         return
     for rest in ("-wal", "-shm"):
-        # Of a file that was taken away.
+        # Of a file that was deleted.
         path.with_name(path.name + rest).unlink(missing_ok=True)
     private_files.create(path)
     # Both hold only if they are set before diskcache sets the journal mode.
@@ -132,7 +132,7 @@ def check(path: Path, patience_s: float) -> None:
         ((layout,),) = connection.execute("PRAGMA user_version")
         connection.execute("BEGIN IMMEDIATE")
         if 0 < layout <= LAYOUT:
-            # Some damage of the header is found by who writes alone. It does not reach the log.
+            # Only a writer detects some damage of the header. It does not reach the log.
             connection.execute("INSERT OR REPLACE INTO Settings SELECT key, value FROM Settings")
         connection.execute("ROLLBACK")
     refuse_newer(path, layout)
@@ -148,9 +148,9 @@ def refuse_newer(path: Path, layout: int) -> None:
 
 
 def release_pages(sql: Sql, pages: int) -> int:
-    """Cut up to so many free pages off the end of the file; return how many.
+    """Cut up to so many free pages off the end of the file; return their number.
 
-    Files of an early layout cannot; they use the pages again.
+    Files of an early layout cannot shrink; they use free pages again.
     """
     ((before,),) = sql("PRAGMA freelist_count")
     for _ in range(min(pages, before)):
@@ -170,7 +170,7 @@ def rename_spaces(sql: Sql) -> None:
     former = [(row, label) for row in rows if (label := current_label(row[2])) != row[2]]
     if not former:
         return
-    # What is replaced is overwritten: the values were not meant to be kept.
+    # Replaced values are overwritten, because they were not meant to be kept.
     sql("PRAGMA secure_delete = 1")
     for (number, namespace, _, dimensions), label in former:
         same = sql(
@@ -192,20 +192,20 @@ def rename_spaces(sql: Sql) -> None:
 
 
 def is_current(sql: Sql) -> bool:
-    """Tell whether a file has the present layout, and no label of an earlier form in it."""
+    """Tell whether a file has the present layout, and no label of an earlier form."""
     if sql("PRAGMA user_version").fetchall() != [(LAYOUT,)]:
         return False
     return all(current_label(space) == space for (space,) in sql("SELECT space FROM Partitions"))
 
 
 def refuse_older(sql: Sql) -> None:
-    """Raise sqlite3.OperationalError for a file that has to be brought to this layout first."""
+    """Raise sqlite3.OperationalError for a file that must be upgraded to this layout first."""
     if not is_current(sql):
         raise sqlite3.OperationalError("the file is of an older layout")
 
 
 def missing_steps(sql: Sql) -> Iterator[str]:
-    """Yield the statements that bring a file to this layout, to be run in one transaction."""
+    """Yield the statements that upgrade a file to this layout, for one transaction."""
     ((layout,),) = sql("PRAGMA user_version")
     for version in range(layout, LAYOUT):
         yield from _STEPS[version]

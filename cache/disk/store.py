@@ -49,10 +49,10 @@ __all__ = ["Store", "StoreError"]
 
 TICK_SECONDS = 1.0
 FLUSH_TICKS = 10
-"""What can wait is written every so many ticks."""
+"""Deferred changes are written every so many ticks."""
 EXPIRY_TICKS = 600
 EXPIRY_LOCK = "expiry.lock"
-"""Beside the folder: whoever holds it deletes what has expired, for all processes."""
+"""Beside the folder: its holder deletes expired records, for all processes."""
 
 
 class Store:
@@ -87,27 +87,27 @@ class Store:
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
         self.purge_epoch = 0
-        """Changes whenever a purge by another process was heeded."""
+        """Changes whenever a purge by another process is applied."""
         self.counted: dict[LedgerKey, Usage] = {}
-        """The sums of what this process has counted since it opened the store: of the first
-        MAX_LEDGER_KEYS headings, and of all others together."""
+        """The sums that this process has counted since it opened the store: the first
+        MAX_LEDGER_KEYS headings, and one sum of all others."""
         self._day = 0
         self._keys_of_day: set[LedgerKey] = set()
-        """Those that have a line of their own on disk: the first MAX_LEDGER_KEYS of the day."""
+        """The headings with their own line on disk: the first MAX_LEDGER_KEYS of the day."""
 
     @property
     def folder(self) -> Path:
-        """Where the file lies."""
+        """The folder of the file."""
         return self._disk.folder
 
     @property
     def evicted(self) -> int:
-        """How many entries this process has evicted since the store was opened."""
+        """The number of entries that this process has evicted since the store was opened."""
         return self._disk.evicted
 
     @property
     def unwritten(self) -> int:
-        """How many records are not on disk yet."""
+        """The number of records that are not on disk yet."""
         return len(self._pending.changes.records) + len(self._pending.backlog)
 
     async def __aenter__(self) -> Self:
@@ -130,13 +130,16 @@ class Store:
             await self._disk.close()
 
     async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord]:
-        """Return the records that are there, by address. Never raises."""
+        """Return the existing records by address. Never raises."""
         not_before = self._not_before
         records = {} if self._closing else await self._reader.lookup(addresses, not_before)
         return self._add_backlog(records, addresses, not_before)
 
     def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord] | None:
-        """Return the same for a few addresses; None if it has to be awaited. Never raises."""
+        """Return the existing records of a few addresses; None if it has to be awaited.
+
+        Never raises.
+        """
         not_before = self._not_before
         records = None if self._closing else self._reader.lookup_nowait(addresses, not_before)
         return None if records is None else self._add_backlog(records, addresses, not_before)
@@ -144,7 +147,7 @@ class Store:
     def _add_backlog(
         self, records: dict[bytes, StoredRecord], addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord]:
-        """Add what could not be written so far, and is kept in this process."""
+        """Add the records that could not be written yet and are kept in this process."""
         if self._pending.backlog and len(records) < len(addresses):
             for address in addresses:
                 pending = self._pending.backlog.get(address)
@@ -160,7 +163,7 @@ class Store:
 
     @property
     def _not_before(self) -> float:
-        """What was stored before that, in seconds since 1970, is not read any more."""
+        """Records that were stored before this time, in seconds since 1970, are not read."""
         return time.time() - self._ttl_s if self._ttl_s else 0.0
 
     async def put_many(
@@ -177,22 +180,22 @@ class Store:
         return await self._writer.commit()
 
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
-        """Delete records that were found to be bad, unless they were replaced since."""
+        """Delete bad records, unless they were replaced since. Never raises."""
         if self._cannot_write:
             return False
         self._pending.changes.deletions.extend(dead.items())
         return await self._writer.commit()
 
     async def salvaged(self) -> None:
-        """Wait until all that is whole in damaged files is in the present one. Never raises."""
+        """Wait until everything whole in damaged files is in the present one. Never raises."""
         await self._salvager.finished()
 
     def touch(self, addresses: Collection[bytes], partition: Partition | None = None) -> None:
-        """Note that entries were used; it is written in a while, not for its own sake."""
+        """Note the use of entries. It is written later, with other changes."""
         self._pending.uses.note(addresses, Use(int(1000 * time.time()), partition))
 
     def count(self, heading: LedgerKey, usage: Usage) -> None:
-        """Add to the sums of what was answered; written with the next change, or in a while."""
+        """Add to the sums of answers. They are written with the next change, or a little later."""
         day = int(time.time() // 86_400)
         if day != self._day:
             self._day, self._keys_of_day = day, set()
@@ -220,9 +223,9 @@ class Store:
         preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
         lines: LedgerFilter = ALL_LINES,
     ) -> list[Line] | None:
-        """Return the sums on disk, see `ledger_reader`; None if they cannot be read. Never raises.
+        """Return the sums on disk (see `ledger_reader`); None if they cannot be read.
 
-        It is read in a thread of its own: nobody who looks for a record waits for it.
+        A separate thread reads them, so no lookup waits for it. Never raises.
         """
         path = self.folder / FILE_NAME
         for is_last_try in (False, True):
@@ -251,11 +254,11 @@ class Store:
             try:
                 await self._tick(tick)
             except Exception:
-                # Nobody awaits this task: were it to end, nothing would be flushed any more.
+                # Nobody awaits this task. If it ended, nothing would be flushed any more.
                 log.exception("the disk tier's upkeep failed")
 
     async def _tick(self, tick: int) -> None:
-        """Do what is to be done now and then: open, look for purges, write what could wait."""
+        """Do the regular work: open the file, detect purges, write deferred changes."""
         if self._disk.file is None and not self._writer.backoff.is_waiting:
             try:
                 await self._disk.try_again()
@@ -269,7 +272,7 @@ class Store:
             await self._expire(time.time() - self._ttl_s)
 
     async def _heed_damage(self) -> None:
-        """Notice that the file was replaced, lost its log, or that another process has saved it."""
+        """Detect that the file was replaced, lost its log, or was saved by another process."""
         file = self._disk.file
         with contextlib.suppress(OSError):
             if file is not None and (file.replaced or file.has_lost_log):
@@ -279,10 +282,9 @@ class Store:
             self._salvager.start()
 
     def heed_purges(self) -> bool:
-        """Forget what another process has deleted, if it has since this was asked last.
+        """Forget what another process has deleted since the last call; return whether it has.
 
-        Returns whether it has. It is asked before anything is served from memory: to ask costs a
-        fraction of a microsecond.
+        Call it before anything is served from memory. It costs a fraction of a microsecond.
         """
         signal = self._disk.purge_signal
         number = None if signal is None else signal.poll()
@@ -305,7 +307,7 @@ class Store:
             return
         if purges != self._purges and file is self._purged_file:
             self._forget()
-        # A file that was opened anew counts from the start.
+        # A new file counts from the start.
         self._purges, self._purged_file = purges, file
 
     async def _purges_so_far(self) -> int | None:
@@ -315,17 +317,17 @@ class Store:
         try:
             return await self._disk.read(partial(purge.count_purges, source))
         except FAILURES:
-            # Whatever it is, the next reading of records finds it, and says so.
+            # The next read of records finds and reports the failure.
             return None
 
     async def _expire(self, before: float) -> None:
-        """Delete what is too old, unless another process is at it."""
+        """Delete expired records, unless another process does it now."""
         target = self._disk.file
         if target is None or not self._writer.ready:
             return
         try:
             with contextlib.closing(WriterLock(self.folder.parent / EXPIRY_LOCK, 0)) as lock, lock:
-                # Nobody asked for it to be made unreadable: it is only too old to be served.
+                # Expired records need not be unreadable; they are only too old to be served.
                 steps = purge.delete(
                     target, purge.PurgeFilter(stored_before=before), overwrite=False
                 )

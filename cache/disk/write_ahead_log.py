@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 LOG, SHARED_MEMORY = "-wal", "-shm"
-"""What SQLite adds to the name of a database."""
+"""The suffixes that SQLite adds to the name of a database."""
 HEADER_BYTES, FRAME_HEADER_BYTES = 32, 24
 SIZES = {1: 65_536} | {512 << i: 512 << i for i in range(8)}
-"""The page size by the number that a database says (1.3.2)."""
+"""The page size by its code in a database header (1.3.2)."""
 _PAGE_BYTES = 32_768  # Where neither file tells.
 _MAGIC = 0x377F0682  # The last bit says that the words of checksums are big-endian (4.1).
 _BYTES_A_READ = 4 << 20
@@ -54,7 +54,7 @@ class Log:
         salts = heads[:, _SALTS]
         current = words[4:6] if self.has_sound_header else self._guess_salts(salts)
         self.has_salts: _Flags = (salts == current).all(axis=1)
-        """Whether a frame is of the log's present run; others are left from before (4.1)."""
+        """Whether a frame is of the log's present run. Others are left from earlier runs (4.1)."""
 
     def _read(self, file: int, order: str, before: _Words) -> tuple[_Words, _Flags]:
         """Return the headers of all frames, and whether each continues the checksum before it."""
@@ -81,14 +81,15 @@ class Log:
 
     @property
     def sound(self) -> _Flags:
-        """Whether each frame is of the present run, as it was written."""
+        """Whether each frame is of the present run and unchanged."""
         return self.has_salts & self.continues
 
     @property
     def belongs(self) -> _Flags:
         """Whether each frame is of the present run, damaged or not.
 
-        The checksum does not cover the salts: a frame that continues one of the run is of it.
+        The checksum does not cover the salts: a frame that continues a frame of the run belongs to
+        it.
         """
         belonging = self.has_salts.copy()
         for index in np.flatnonzero(self.continues & ~self.has_salts):
@@ -98,9 +99,9 @@ class Log:
     def damage(self, committed: int | None = None) -> str:
         """Return how the log is damaged so that committed transactions would be lost; "" if not.
 
-        `committed` is the number of frames up to the last commit, where that is known. Behind it
-        commits may follow that nobody was told of: of a process that was killed before it could say
-        so in the index, so that another one has overwritten the beginning of its transaction.
+        `committed` is the number of frames up to the last commit, if it is known. Later commits may
+        follow that nobody relies on: those of a process that was killed before it entered them in
+        the index, so that another process has overwritten the beginning of its transaction.
         """
         if not len(self.pages):
             return ""
@@ -113,26 +114,26 @@ class Log:
 
 
 def sibling_path(path: Path, name: str) -> Path:
-    """Return where SQLite keeps its LOG or SHARED_MEMORY: beside the file that a link leads to."""
+    """Return the path of SQLite's LOG or SHARED_MEMORY: beside the file that a link leads to."""
     real = path.resolve()
     return real.with_name(real.name + name)
 
 
 def check(path: Path) -> None:
-    """Raise sqlite3.DatabaseError if the log of the database at `path` would not be read whole.
+    """Raise sqlite3.DatabaseError if SQLite would not read all of the log of `path`.
 
-    The caller holds the writer's lock, and SQLite has not seen the files. A database that is not
-    there at all was taken away; its log is nobody's. Raises OSError.
+    The caller holds the writer's lock, and SQLite has not opened the files. If the database does
+    not exist, it was deleted, and its log belongs to no file. Raises OSError.
     """
     if (damage := damage_of(path)) and path.exists():
         raise sqlite3.DatabaseError(f"the file is damaged: {damage}")
 
 
 def is_open_without_log(path: Path) -> bool:
-    """Tell whether another connection has the database open, and there is no log at its path.
+    """Tell whether another connection has the database open while no log is at its path.
 
-    Every connection that has read a database of this mode has its log open, and a shared lock: who
-    asks for an exclusive one is refused.
+    Every connection that has read a database of this mode has its log open and holds a shared lock,
+    so an exclusive lock is refused.
     """
     if sibling_path(path, LOG).exists() or not has_content(path):
         return False
@@ -174,10 +175,10 @@ def damage_of(path: Path) -> str:
 
 
 def _committed_frames(path: Path, salts: bytes) -> int | None:
-    """Return how many frames a log has up to its last commit; None if its index does not say so.
+    """Return the number of frames up to a log's last commit; None if its index does not tell.
 
-    The index outlives a kill. A transaction is noted there before anybody is told that it is done.
-    It does not outlive a power cut, and may be that of another log: then the salts differ.
+    The index survives a kill: a transaction is entered there before anybody learns of it. It does
+    not survive a power cut, and it may belong to another log; then the salts differ.
     """
     try:
         file = os.open(sibling_path(path, SHARED_MEMORY), os.O_RDONLY | os.O_CLOEXEC)
@@ -199,7 +200,7 @@ def _committed_frames(path: Path, salts: bytes) -> int | None:
 
 
 def _read_frames(file: int, length: int, at: int, size: int) -> bytes:
-    """Return the whole frames there are; zeros for one that the disk does not give."""
+    """Return the whole frames; zeros for a frame that the disk cannot read."""
     length = max(0, length // size * size)
     try:
         data = os.pread(file, length, at)
@@ -211,7 +212,7 @@ def _read_frames(file: int, length: int, at: int, size: int) -> bytes:
 
 
 def has_content(path: Path) -> bool:
-    """Tell whether a file is there, and not empty."""
+    """Tell whether a file exists and is not empty."""
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:

@@ -70,7 +70,7 @@ class PendingRecord(NamedTuple):
 
 
 class Use(NamedTuple):
-    """That an entry was read."""
+    """A read of an entry."""
 
     at: int
     """Milliseconds since 1970."""
@@ -79,21 +79,21 @@ class Use(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class WriteBatch:
-    """What one transaction does."""
+    """The changes of one transaction."""
 
     records: dict[bytes, PendingRecord] = field(default_factory=dict)
-    """Written, by address."""
+    """Records to write, by address."""
     deletions: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """Deleted: address and record, so that a newer record under the address stays."""
+    """Records to delete: address and record, so that a newer record at the address stays."""
     keep_newer: bool = False
-    """Whether records that are there and were not stored earlier stay; else all are replaced."""
+    """Whether existing records stay unless they are older; otherwise all are replaced."""
     used: dict[bytes, Use] = field(default_factory=dict)
-    """Uses noted, by address."""
+    """Uses to note, by address."""
     usage: dict[tuple[int, LedgerKey], Usage] = field(default_factory=dict)
-    """Added to the sums, by day (since 1970, UTC) and heading."""
+    """Usage to add to the sums, by day (since 1970, UTC) and heading."""
 
     def parts(self, max_bytes: int) -> "Iterator[WriteBatch]":
-        """Yield changes that are the same together, of at most about so many bytes each."""
+        """Yield batches that together make the same changes, each of about so many bytes."""
         part, size = replace(self, records={}), 0
         for address, pending in self.records.items():
             if size and size + len(pending.record) > max_bytes:
@@ -122,7 +122,7 @@ class WriteBatch:
         )
 
     def put_uses(self, connection: Any, interval_ms: int) -> None:  # noqa: ANN401
-        """Note when entries were used, where the last use that was noted is older than that."""
+        """Note the times of uses, if the last noted use is older."""
         ids = _partition_ids(connection, {use.partition for use in self.used.values()})
         connection.executemany(
             _TOUCH,
@@ -130,7 +130,7 @@ class WriteBatch:
         )
 
     def put_records(self, connection: Any) -> None:  # noqa: ANN401
-        """Write the records, and enter them."""
+        """Write the records and their rows of `Entries`."""
         ids = _partition_ids(connection, {pending.partition for pending in self.records.values()})
         now = time.time()
         times = {
@@ -154,7 +154,7 @@ def _partition_ids(
     connection: Any,  # noqa: ANN401
     partitions: Iterable[Partition | None],
 ) -> dict[Partition | None, int | None]:
-    """Return the numbers of partitions; new ones get theirs, see `bounds`."""
+    """Return the numbers of partitions. New ones get a number, see `bounds`."""
     ids: dict[Partition | None, int | None] = {None: None}
     for partition in partitions:
         if partition is None:

@@ -31,21 +31,21 @@ from embedding_proxy.cache.disk.schema import CACHE_PAGES, MMAP_BYTES
 from .short_reads import Pauses
 
 STEP_BYTES = 8 << 20
-"""What a step copies at most, about."""
+"""The approximate most that one step copies."""
 MAX_ROWS_A_STEP = 5_000
 MAX_KEYS_A_STEP = 1_000
-"""How many entries are looked up in the store at a time, in the order of their addresses."""
+"""The number of entries that one step looks up, in the order of their addresses."""
 MAX_TURNS, MAX_ROWS_AT_LEAST = 4, 1_000_000
-"""A copy is given up after so many times the store's entries, and so many more."""
+"""The copy is given up after this many times the store's entries, plus a constant."""
 MAX_CHECKS = 10
-"""How often the copy is compared with the store while purges go on."""
+"""The number of comparisons with the store while purges continue."""
 _CACHE_KIB = 1 << 16
 """Memory for pages of the copy, and for the sorting of an index."""
 _KEY_INDEX = "Cache_key_raw"
 _BY_STEPS = ("Cache", "Entries", "Settings")
 """Tables that are not copied as a whole at the end."""
 
-# What is no record is never served, and not worth a copy.
+# Rows that are no records are never served, so they are not copied.
 _IS_RECORD = (
     "raw = 1 AND mode = 1 AND typeof(key) = 'blob' AND length(key) = 16 AND typeof(value) = 'blob'"
 )
@@ -59,7 +59,7 @@ _COPY_ENTRIES = """
     SELECT * FROM source.Entries WHERE id > :after AND id <= :last
         AND EXISTS (SELECT 1 FROM main.Cache WHERE rowid = Entries.id)
 """
-# For a record that the store's own list of entries lacks.
+# For a record that the store's list of entries lacks.
 _ENTER = f"""
     INSERT OR IGNORE INTO main.Entries (id, partition, stored, used)
     SELECT rowid, NULL, CAST(1000 * coalesce(store_time, 0) AS INTEGER),
@@ -86,12 +86,12 @@ _FIND_CHANGED = f"""
 def copy(database: ReadableFile, target: Path, progress: Callable[[int, int], None]) -> None:
     """Write the store's entries and ledger to `target`, which must not exist.
 
-    `progress` is told the entries copied and all entries. Others read and write meanwhile. Raises
-    FAILURES; then nothing is left at `target`.
+    `progress` gets the number of copied entries and of all entries. Other processes read and write
+    meanwhile. Raises FAILURES; then nothing is left at `target`.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; it is not overwritten")
-    # A folder of its own, for SQLite makes files beside the one it writes.
+    # A separate folder, because SQLite makes files beside the one that it writes.
     with tempfile.TemporaryDirectory(".part", f"{target.name}-", target.parent) as folder:
         part = Path(folder) / target.name
         private_files.create(part)
@@ -102,7 +102,7 @@ def copy(database: ReadableFile, target: Path, progress: Callable[[int, int], No
 
 
 class _Copy:
-    """The copy is `main`, the store `source`, both in one connection."""
+    """A copy in progress: `main` is the copy, `source` the store, both in one connection."""
 
     def __init__(self, connection: sqlite3.Connection, database: ReadableFile) -> None:
         self._sql = connection.execute
@@ -113,7 +113,7 @@ class _Copy:
         self._sql(f"PRAGMA main.cache_size = -{_CACHE_KIB}")
         self._sql(f"PRAGMA source.cache_size = {CACHE_PAGES}")
         self._sql(f"PRAGMA source.mmap_size = {MMAP_BYTES}").fetchall()
-        # Nobody reads the copy before it is whole, and on the disk.
+        # Nobody reads the copy before it is complete and on disk.
         self._sql("PRAGMA main.journal_mode = MEMORY")
         self._sql("PRAGMA main.synchronous = OFF")
         self._sql("PRAGMA main.secure_delete = ON")
@@ -125,7 +125,7 @@ class _Copy:
         self._pauses = Pauses(database, self._sql, "source")
 
     def make(self, progress: Callable[[int, int], None]) -> None:
-        """Do all of it. Raises FAILURES."""
+        """Make the whole copy. Raises FAILURES."""
         for sql in self._statements("table"):
             self._sql(sql)
         with self._transaction():
@@ -208,7 +208,7 @@ class _Copy:
                 self._sql(f'INSERT OR REPLACE INTO main."{name}" SELECT * FROM source."{name}"')
 
     def _take_over_changes(self) -> None:
-        """Delete from the copy what the store has deleted, and copy again what it bought again."""
+        """Repeat the store's deletions in the copy, and copy again what was bought again."""
         self._sql("CREATE TEMP TABLE IF NOT EXISTS Changed (copied INTEGER, present INTEGER)")
         names = [name for _, name, *_ in self._sql("PRAGMA main.table_info(Cache)")][1:]
         columns = ", ".join(f'"{name}"' for name in names)
@@ -241,7 +241,7 @@ class _Copy:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """One read of the store and one write of the copy; if it fails, the copy is thrown away."""
+        """One read of the store and one write of the copy. If it fails, the copy is deleted."""
         self._sql("BEGIN")
         yield
         self._sql("COMMIT")

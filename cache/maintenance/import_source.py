@@ -23,7 +23,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RejectedPair:
-    """What stands in place of a pair that cannot be used; the next one may be good."""
+    """A pair that cannot be used. The next one may be usable."""
 
     where: str
     """`line 17`, `row 5`, `point 3`; lines and rows are counted from 1."""
@@ -31,19 +31,19 @@ class RejectedPair:
 
 
 class SourceError(Exception):
-    """The source as a whole cannot be read, or not to its end. One line, with the remedy."""
+    """The source cannot be read, or not to its end. One line, with the remedy."""
 
 
 class Source(Protocol):
-    """Pairs that can be read again and again, each time from the start, never all in memory."""
+    """Pairs that can be read several times, each time from the start, one by one."""
 
     @property
     def name(self) -> str:
-        """What the source is called in messages."""
+        """The name of the source in messages."""
         ...
 
     def __iter__(self) -> Iterator[Pair | RejectedPair]:
-        """Give one item for each thing read. Raises SourceError when reading cannot go on."""
+        """Yield one item for each pair. Raises SourceError if reading cannot continue."""
         ...
 
 

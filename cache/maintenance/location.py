@@ -20,45 +20,45 @@ NETWORK = frozenset({
     "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs",
 })
 # fmt: on
-"""File systems that are somewhere else: SQLite's locks and its shared memory do not hold there."""
+"""Network file systems: SQLite's locks and shared memory do not work on them."""
 
 _MOUNTS = Path("/proc/self/mounts")
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """What is known of the folder of a store, or of the nearest one above it that there is."""
+    """The facts about the folder of a store, or about the nearest existing folder above it."""
 
     nearest: Path
     is_folder: bool
     writable: bool
-    """Whether this process may write there, and the medium takes writes at all."""
+    """Whether this process may write there, and the medium accepts writes."""
     free_bytes: int
     file_system: str | None
-    """As the kernel names it; None where it tells nothing."""
+    """The kernel's name of the type; None if it gives none."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies on a network file system."""
+        """Whether it is on a network file system."""
         return self.file_system in NETWORK
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What came of looking at a store."""
+    """The result of an inspection of a store."""
 
     location: Location
     exists: bool
     held: Stats | None
-    """None where there is no store yet, or none that can be opened."""
+    """The sums of the store; None if there is none, or none that can be opened."""
     lacking_bytes: int
-    """By how much the disk is smaller than what the store may still grow by."""
+    """The bytes that the disk lacks for the growth of the store up to its limit."""
     problem: str
     """Why it cannot be used, in one line; empty if it can."""
 
 
 def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> Inspection:
-    """Look at the store in `directory`, beside its proxies; nothing is written. Raises OSError."""
+    """Inspect the store in `directory`, beside its proxies, without a write. Raises OSError."""
     location, exists, contents, problem = look(directory), connection.exists(directory), None, ""
     if exists:
         try:
@@ -89,7 +89,7 @@ def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> I
 
 
 def look(directory: Path) -> Location:
-    """Look at the location of the store in `directory`. Raises OSError."""
+    """Return the location of the store in `directory`. Raises OSError."""
     folder = connection.folder_of(directory).absolute()
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     mounts = ""

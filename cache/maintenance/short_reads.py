@@ -24,37 +24,37 @@ from embedding_proxy.cache.disk.schema import Sql
 MIN_PAUSE_SECONDS = 0.002
 MAX_PAUSE_SECONDS = 0.25
 POLL_SECONDS = 0.005
-"""How often the log is looked at during a long statement."""
+"""Interval of the checks of the log during a long statement."""
 ROOM_SECONDS = 1.0
-"""The longest wait for the log to be begun anew."""
+"""The longest wait for an empty log."""
 TRIES = 5
-"""How often a long statement is tried before it is given up."""
+"""The number of attempts of a long statement."""
 MAX_ID = (1 << 63) - 1
 """The largest id of a row in SQLite."""
 NO_LIMIT_BYTES = 64 << 20
-"""The limit of a log that has none of its own."""
+"""The limit of a log without its own limit."""
 
 _LOG_HEADER, _FRAME_HEADER = 32, 24
 _int = int.from_bytes  # All numbers of a log are big-endian.
 
 
 def connect(file: ReadableFile) -> sqlite3.Connection:
-    """Return a connection of its own to a store's file that only reads. Raises sqlite3.Error."""
+    """Return a new connection to a store's file that only reads. Raises sqlite3.Error."""
     return sqlite3.connect(file.address, isolation_level=None, uri=True, check_same_thread=False)
 
 
 class LogWatch:
-    """The write-ahead log of a store: how much of it is used, and statements that respect it."""
+    """The write-ahead log of a store: its use, and statements that keep it below its limit."""
 
     def __init__(self, database: ReadableFile) -> None:
         self._path = database.path.with_name(f"{database.path.name}-wal")
         # The connection knows what the proxies keep to: all have the same configuration.
         ((limit,),) = database.sql("PRAGMA journal_size_limit").fetchall()
         self.limit_bytes: int = limit if limit > 0 else NO_LIMIT_BYTES
-        """The size that the log should not pass."""
+        """The size that the log should not exceed."""
 
     def used_bytes(self) -> int:
-        """Return how much was written to the log since it was last begun anew; 0 without a log."""
+        """Return the bytes written to the log since it last began again; 0 without a log."""
         try:
             with self._path.open("rb", buffering=0) as log:
                 header = log.read(_LOG_HEADER)
@@ -81,8 +81,8 @@ class LogWatch:
     def fetch(self, connection: sqlite3.Connection, statement: str) -> list[Any] | None:
         """Return the rows of a long statement; None if the log never left it enough time.
 
-        Writers keep the log below its limit while nobody reads. So a statement that is interrupted
-        is tried again after a while, with a log that was begun anew. Raises sqlite3.Error.
+        Writers keep the log below its limit only while nobody reads. So an interrupted statement is
+        tried again later, with an empty log. Raises sqlite3.Error.
         """
         for _ in range(TRIES):
             before = self.used_bytes()
@@ -97,12 +97,12 @@ class LogWatch:
 
     @contextlib.contextmanager
     def _interrupting(self, connection: sqlite3.Connection, before: int) -> Iterator[None]:
-        """Interrupt the connection as soon as others have nearly filled the log."""
+        """Interrupt the connection as soon as other processes have nearly filled the log."""
         over = threading.Event()
 
         def watch() -> None:
             while not over.wait(POLL_SECONDS):
-                # A log that was full before, and into which nobody writes, is no reason.
+                # A log that was full before, and that nobody writes to, is no reason to stop.
                 if self.used_bytes() != before and self.is_nearly_full():
                     connection.interrupt()
 
@@ -119,32 +119,32 @@ class LogWatch:
         return self.used_bytes() >= self.limit_bytes * 7 // 8
 
     def wait_for_room(self) -> None:
-        """Wait until a writer begins the log anew, if it is nearly full, and not for long."""
+        """Wait until a writer empties the log, if it is nearly full, within a limit."""
         deadline = time.monotonic() + ROOM_SECONDS
         while self.is_nearly_full() and time.monotonic() < deadline:
             time.sleep(MIN_PAUSE_SECONDS)
 
 
 class Pauses:
-    """Time for others between the short reads of one connection.
+    """Pauses between the short reads of one connection.
 
-    A log that is always read is never begun anew. Where nobody writes there is no pause.
+    A log that is always read is never emptied. If nobody writes, there is no pause.
     """
 
     def __init__(
         self, database: ReadableFile, sql: Sql | None = None, schema: str = "main"
     ) -> None:
-        """Look at the store in `schema` of the connection behind `sql`; else at its own."""
+        """Watch the store in `schema` of the connection behind `sql`; by default its own."""
         self._watch = LogWatch(database)
         self._sql = sql or database.sql
         self._version_of = f"PRAGMA {schema}.data_version"
         self._version = self._read_version()
 
     def pause(self, start: float) -> None:
-        """Wait as long as the read took that began at this `time.monotonic`, if others wrote.
+        """Wait as long as the read took that began at `start` (time.monotonic), if others wrote.
 
-        If they have nearly filled the log, wait until they begin it anew: a checkpoint may take
-        longer than a read.
+        If they have nearly filled the log, wait until they empty it: a checkpoint may take longer
+        than a read.
         """
         took = time.monotonic() - start
         version = self._read_version()

@@ -21,15 +21,15 @@ ROWS_A_STEP = 100_000
 
 
 class StoreSize(NamedTuple):
-    """What a store holds."""
+    """The size of a store."""
 
     entries: int
     file_bytes: int
-    """On disk, with the write-ahead log."""
+    """Bytes on disk, with the write-ahead log."""
 
 
 def read_size(directory: Path) -> StoreSize | None:
-    """Return what the store in `directory` holds; None where there is none that can be read.
+    """Return the size of the store in `directory`; None if there is none that can be read.
 
     The file is opened read-only, beside proxies that may be running.
     """
@@ -68,7 +68,7 @@ class Held:
     partition: Partition
     entries: int
     bytes: int
-    """Of the records; their pages take about 7 % more."""
+    """Bytes of the records; their pages take about 7 % more."""
     oldest: float | None
     newest: float | None
     last_used: float | None
@@ -80,16 +80,16 @@ class Stats:
     """The sums of a store."""
 
     data_bytes: int
-    """What the database takes on disk."""
+    """Bytes of the database on disk."""
     log_bytes: int
-    """What its write-ahead log takes."""
+    """Bytes of its write-ahead log."""
     since_day: int | None
-    """The first day that was counted, in days since 1970; None if nothing was."""
+    """The first counted day, in days since 1970; None if there is none."""
     held: tuple[Held, ...]
 
     @property
     def file_bytes(self) -> int:
-        """What both take on disk: `cache.size_limit_gib` is about that."""
+        """The bytes of both on disk, for which `cache.size_limit_gib` is the limit."""
         return self.data_bytes + self.log_bytes
 
     @property
@@ -109,8 +109,8 @@ class Stats:
 def gather(database: ReadableFile) -> Stats:
     """Return the sums of a store. Raises FAILURES.
 
-    It reads in steps, so that the write-ahead log does not grow meanwhile; the sums of a store that
-    is written to are those of the time that this takes.
+    It reads in steps, so that the write-ahead log does not grow meanwhile. If the store is written
+    to, the sums are those of the whole time that this takes.
     """
     sql = database.sql
     partitions = {
@@ -133,7 +133,7 @@ def gather(database: ReadableFile) -> Stats:
 
 
 def _size(path: Path) -> int:
-    """Return the size of a file; 0 where there is none, as of a log that was just deleted."""
+    """Return the size of a file; 0 if it does not exist, as a log that was just deleted."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -156,7 +156,7 @@ def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
 
 
 def usage_by_partition(sql: Sql) -> dict[int | None, Usage]:
-    """Return the sums of what was answered, by partition; a step for each day."""
+    """Return the sums of answers by partition, one step for each day."""
     sums: dict[int | None, Usage] = {}
     columns = ", ".join(f"sum({name})" for name in Usage._fields)
     day = -1
@@ -170,10 +170,10 @@ def usage_by_partition(sql: Sql) -> dict[int | None, Usage]:
 
 
 def value(database: ReadableFile, entries: Mapping[int | None, int]) -> tuple[int, int]:
-    """Return about what entries cost, in nanodollars, and of how many that is not known.
+    """Return the approximate cost of entries in nanodollars, and the entries of unknown cost.
 
-    `entries` are their numbers by partition. What was billed for the partition since ever is
-    divided by what was bought; nothing is known where all was imported. Raises FAILURES.
+    `entries` are their numbers by partition. The bill of a partition is divided by its purchases.
+    The cost is unknown if all of them were imported. Raises FAILURES.
     """
     usage = usage_by_partition(database.sql)
     total, unknown = 0.0, 0

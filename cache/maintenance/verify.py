@@ -26,9 +26,9 @@ from .short_reads import MAX_ID, LogWatch, Pauses, connect, id_ranges
 ROWS_A_BATCH = 500
 ENTRIES_A_BATCH = 10_000
 MAX_PLACES = 1000
-"""How many stretches of the file are remembered for mending; then they are joined."""
+"""The most ranges of the file that are remembered for a repair. Beyond that they are joined."""
 _DIGEST = slice(16, 32)
-"""Where a record has its check digest."""
+"""The position of the check digest in a record."""
 _BATCH = f"""
     SELECT Cache.rowid, {RECORD_COLUMNS}, Entries.id, dimensions,
         (SELECT other.rowid FROM Cache AS other INDEXED BY Cache_key_raw
@@ -50,39 +50,39 @@ _ENTER = """
 
 @dataclass
 class Findings:
-    """What was found."""
+    """The result of a verification."""
 
     records: int = 0
-    """Those that are whole."""
+    """Whole records."""
     damaged: int = 0
     """Rows whose record does not verify, or that hold something else."""
     lost_sight_of: int = 0
-    """Rows that no row of `Entries` knows: they would never be counted or evicted."""
+    """Rows without a row of `Entries`. They would never be counted or evicted."""
     wrong_partition: int = 0
-    """Whole records of another width than their partition says. They are kept: they were paid for,
-    and may be served again once the configuration is right."""
+    """Whole records of another width than their partition has. They are kept, because they were
+    paid for and may be served again with the right configuration."""
     orphans: int = 0
     """Rows of `Entries` without a record."""
     broken: str | None = None
-    """What SQLite says of the file itself, if it is not sound."""
+    """SQLite's message about the file, if the file is not sound."""
     unchecked: str | None = None
-    """What could not be checked because the store was written to so much."""
+    """The parts that could not be checked because of many writes."""
     places: list[tuple[int, int]] = field(default_factory=list, repr=False, compare=False)
     """Ranges of rows (first - 1, last) that need a repair, at most MAX_PLACES."""
 
     @property
     def is_repairable(self) -> bool:
-        """Whether there is something to repair (`repair`)."""
+        """Whether `repair` has something to do."""
         return bool(self.damaged or self.lost_sight_of or self.wrong_partition or self.orphans)
 
     @property
     def sound(self) -> bool:
-        """Whether all was checked, and there is nothing to repair."""
+        """Whether everything was checked, and there is nothing to repair."""
         return not (self.is_repairable or self.broken or self.unchecked)
 
 
 class _Row(NamedTuple):
-    """A row of `Cache` and what stands about it elsewhere."""
+    """A row of `Cache`, with the facts about it in other tables."""
 
     number: int
     key: Any
@@ -96,22 +96,22 @@ class _Row(NamedTuple):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether the record does not verify. One that a later version wrote does."""
+        """Whether the record does not verify. A record of a later version verifies."""
         if not is_record(self.key, self.raw, self.mode, self.value):
             return True
         return record.is_damaged(self.value, self.value[_DIGEST])
 
     @property
     def is_in_wrong_partition(self) -> bool:
-        """Whether the record, which verifies, is of another width than its partition says."""
+        """Whether the record verifies and has another width than its partition."""
         width = record.width(self.value)
         return width is not None and self.dimensions not in (None, width)
 
 
 def scan(database: ReadableFile, findings: Findings) -> Iterator[int]:
-    """Look at every record, yielding how many were looked at so far. Raises FAILURES.
+    """Check every record; yield the number of checked ones. Raises FAILURES.
 
-    Damage of the file is not raised but noted.
+    Damage of the file is not raised but recorded.
     """
     try:
         yield from _scan_records(database, findings)
@@ -167,7 +167,7 @@ def _remember(ranges: list[tuple[int, int]], after: int, last: int) -> None:
 
 
 def _compare_indexes(database: ReadableFile, findings: Findings) -> None:
-    """Look up each row of `Entries` in each index of it: what is not there is never evicted."""
+    """Look up each row of `Entries` in each of its indexes. A missing one is never evicted."""
     sql = database.sql
     names = _indexes(sql, "Entries")
     lookups = [
@@ -188,7 +188,7 @@ def _compare_indexes(database: ReadableFile, findings: Findings) -> None:
 
 
 def _compare_counts(watch: LogWatch, connection: sqlite3.Connection, findings: Findings) -> None:
-    """See that all indexes of a table have as many rows as the table, in one statement."""
+    """Check that all indexes of a table have as many rows as the table, in one statement."""
     counts = []
     for table in _tables(connection):
         # The table of records is large, and its rows are those of `Entries`.
@@ -217,7 +217,7 @@ def _compare_counts(watch: LogWatch, connection: sqlite3.Connection, findings: F
 
 
 def _check_structure(watch: LogWatch, connection: sqlite3.Connection, findings: Findings) -> None:
-    """Let SQLite check the file: all of it, or where there is no time for that each small table."""
+    """Let SQLite check the file; if there is no time for all of it, each small table."""
     checks = ["PRAGMA quick_check(1)"]
     for check in checks:
         rows = watch.fetch(connection, check)
@@ -249,13 +249,13 @@ def _indexes(sql: Sql, table: str) -> dict[str, list[str]]:
 
 
 def repair(database: Database, findings: Findings) -> None:
-    """Delete the damaged rows and enter the others again, a batch at a time. Raises FAILURES."""
+    """Delete the damaged rows and enter the others again, in batches. Raises FAILURES."""
     pauses = Pauses(database)
     for start, end in findings.places:
         after, count = start, ROWS_A_BATCH
         while count == ROWS_A_BATCH:
             start_time = time.monotonic()
-            # Looked at again: a proxy may have put something good in the place of what was damaged.
+            # Checked again: a proxy may have replaced the damaged record.
             with database.transaction() as connection:
                 batch = connection.execute(
                     _BATCH.format(limit=ROWS_A_BATCH), {"after": after, "last": end}

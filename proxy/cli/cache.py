@@ -57,10 +57,7 @@ STREAM = "-"
 
 @contextmanager
 def open_store(settings: Settings, *, create: bool = False) -> Iterator[Database]:
-    """Give the store that a configuration names, and say on stderr which it is. Raises StoreError.
-
-    See `tell_store`.
-    """
+    """Give a configuration's store, and name it on stderr (`tell_store`). Raises StoreError."""
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
     with connection.opened(cache.directory, limit, cache.pinned_namespaces, create=create) as file:
@@ -70,9 +67,9 @@ def open_store(settings: Settings, *, create: bool = False) -> Iterator[Database
 
 @contextmanager
 def open_store_for_reading(settings: Settings) -> Iterator[ReadableFile]:
-    """Give the store that a configuration names to a command that only reads, and say which it is.
+    """Give the store of a configuration to a command that only reads, and name it on stderr.
 
-    Says on stderr, too, when what its write-ahead log holds is left out. Raises StoreError.
+    Also says on stderr if the content of its write-ahead log is left out. Raises StoreError.
     """
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
@@ -88,9 +85,9 @@ def open_store_for_reading(settings: Settings) -> Iterator[ReadableFile]:
 def check_known(
     settings: Settings, file: ReadableFile, namespace: str | None, space: str | None
 ) -> None:
-    """Raise WrongUsage for a namespace or space of which the store holds nothing.
+    """Raise WrongUsage for a namespace or space without entries in the store.
 
-    Where namespaces or spaces share a partition, see `cache.disk.bounds`, it is not known which.
+    It is not known for entries in shared partitions, see `cache.disk.bounds`.
     """
     rows = file.sql("SELECT DISTINCT namespace, space FROM Partitions").fetchall()
     namespaces, spaces = sorted({row[0] for row in rows}), sorted({row[1] for row in rows})
@@ -143,7 +140,7 @@ def backup_store(
             with progress("copying", total) as tell:
                 backup.copy(file, target, lambda done, _total: tell(done))
     except connection.StoreError as error:
-        # SQLite does not say which of the two it means.
+        # SQLite does not say which of the two files it means.
         raise WorkFailed(f"{target}: not written: {error}") from error
     file_bytes = target.stat().st_size
     if as_json:
@@ -188,13 +185,13 @@ def export(  # noqa: PLR0913 - one parameter an option
 
 
 def _check_target(path: Path, *, force: bool) -> None:
-    """Raise WorkFailed for what cannot be written, or must not be, before anything is read."""
+    """Raise WorkFailed if the target cannot or must not be written, before anything is read."""
     if not path.name or path.is_dir():
         raise WorkFailed(f"{path_text(path)}: is a directory; name a file")
     if not path.parent.is_dir():
         raise WorkFailed(f"{path_text(path)}: there is no such folder")
     if path.exists() and not path.is_file():
-        # A device or a pipe would be replaced by a file, for everybody.
+        # A file would replace a device or a pipe for everybody.
         raise WorkFailed(f"{path_text(path)}: is no regular file; - is standard output")
     if not force and os.path.lexists(path):
         raise WorkFailed(f"{path_text(path)} exists; it is not overwritten without --force")
@@ -202,7 +199,7 @@ def _check_target(path: Path, *, force: bool) -> None:
 
 @contextmanager
 def _open_target(target: str, *, force: bool) -> Iterator[BinaryIO]:
-    """Give a file that is there under its name only once it is whole. Raises WorkFailed."""
+    """Give a file that gets its name only when it is whole. Raises WorkFailed."""
     if target == STREAM:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()

@@ -58,7 +58,7 @@ _STREAM = "-"
 
 @dataclass
 class Survey:
-    """What one pass over a source found."""
+    """The result of one pass over a source."""
 
     pairs: int = 0
     refused: int = 0
@@ -67,19 +67,19 @@ class Survey:
 
 
 class SampleDiffers(Exception):
-    """The model gives other vectors for these texts; the message says how different."""
+    """The model returns other vectors for these texts; the message has the difference."""
 
 
 class Importer:
-    """Pairs of text and vector -> rows of a partition."""
+    """Makes rows of a partition from pairs of text and vector."""
 
     def __init__(self, ring: Keyring, *, unit_norm: bool) -> None:
-        """`unit_norm` says whether a vector of another length than 1 is refused."""
+        """`unit_norm`: refuse a vector of another length than 1."""
         self._ring = ring
         self._unit_norm = unit_norm
 
     def survey(self, source: Source, sample: int, chance: random.Random) -> Iterator[Survey]:
-        """Read all pairs once, yielding what was found so far; draw a sample evenly from all."""
+        """Read all pairs once, and yield the survey so far; draw a sample evenly from all."""
         survey = Survey()
         for item in self.check_pairs(source):
             if isinstance(item, RejectedPair):
@@ -95,13 +95,13 @@ class Importer:
             yield survey
 
     def check_pairs(self, items: Iterable[Pair | RejectedPair]) -> Iterator[Pair | RejectedPair]:
-        """Replace each pair whose vector cannot be one of this model by the reason."""
+        """Replace each pair whose vector cannot be one of this model by a RejectedPair."""
         for number, item in enumerate(items, start=1):
             why = None if isinstance(item, RejectedPair) else self._objection(item.vector)
             yield item if why is None else RejectedPair(f"pair {number}", f"the vector: {why}")
 
     def _objection(self, candidate: Vector) -> str | None:
-        """Say why this is no vector of the model, if it is none."""
+        """Return why this is no vector of the model; None if it may be one."""
         try:
             vector.check(candidate, self._ring.space.dimensions)
         except vector.VectorError as error:
@@ -112,7 +112,7 @@ class Importer:
         return None
 
     async def compare(self, sample: list[Pair], embedder: Embedder) -> float:
-        """Embed the sample's texts anew; return the smallest cosine with what is offered.
+        """Embed the sample's texts again; return the smallest cosine with the given vectors.
 
         Raises SampleDiffers, EmbeddingError.
         """
@@ -131,7 +131,7 @@ class Importer:
         return min(cosines)
 
     def rows(self, source: Source) -> Iterator[Row]:
-        """Yield the rows of the pairs that can be used. Raises SourceError."""
+        """Yield the rows of the usable pairs. Raises SourceError."""
         batch: list[Pair] = []
         for item in self.check_pairs(source):
             if isinstance(item, Pair):
@@ -145,7 +145,7 @@ class Importer:
         texts = [pair.text for pair in pairs]
         encoding = self._ring.space.tokenizer
         if encoding is None:
-            # Nobody said what they cost; a guess is marked as not counted.
+            # Their cost is not known; a guess is marked as not counted.
             costs = [math.ceil(len(text.encode()) / _BYTES_A_TOKEN) for text in texts]
         else:
             costs = tokens.count(texts, encoding)
@@ -293,7 +293,7 @@ def _import_archive(
     report = archive.ArchiveReport()
     try:
         if file.seekable():
-            # The whole is checked before anything of it is taken in.
+            # The whole file is checked before any of it is imported.
             begin = file.tell()
             for _ in archive.read(file, archive.ArchiveReport()):
                 pass
@@ -330,7 +330,7 @@ def _put(
 ) -> archive.ImportReport:
     sums = archive.ImportReport()
     try:
-        # The first is looked at before a store is made for it.
+        # The first item is read before a store is made for it.
         rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
         with ExitStack() as stack:
             tell = stack.enter_context(progress("importing", total))
@@ -358,7 +358,7 @@ def _tell_sums(sums: archive.ImportReport, *, dry_run: bool) -> None:
 
 def _survey(importer: Importer, source: Source, sample: int) -> Survey:
     survey = Survey()
-    # The sample is drawn anew each time: nobody can prepare for it.
+    # The sample is random each time, so that nobody can prepare for it.
     try:
         with progress("reading") as tell:
             for survey in importer.survey(source, sample, random.SystemRandom()):

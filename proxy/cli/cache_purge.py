@@ -98,7 +98,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         raise loader.ConfigError("cache purge: say what to delete, or --all; see --help")
     if not dry_run:
         need_terminal("cache purge", "--yes", is_sure=yes)
-        # What is deleted must not come back from a damaged file that is not salvaged yet.
+        # A damaged file that is not salvaged yet must not restore deleted entries.
         limit = int(settings.cache.size_limit_gib * GIB)
         salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned_namespaces)
     deleted = 0
@@ -120,7 +120,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
 def _purge(
     settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
 ) -> tuple["_Chosen", int]:
-    """Delete a choice beside running proxies; return what it was, and how many entries went."""
+    """Delete a choice beside running proxies; return it, and the number of deleted entries."""
     with open_store(settings) as store, _outbox(settings) as outbox:
         chosen = _look_up(settings, store, outbox, choice)
         _confirm(chosen, is_sure=is_sure)
@@ -132,7 +132,7 @@ def _purge(
 def _purge_in_place(
     settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
 ) -> tuple["_Chosen", int]:
-    """Do the same without room on the disk, where no proxy runs. Raises StoreError."""
+    """Do the same without room on the disk, if no proxy runs. Raises StoreError."""
     with open_alone(settings.cache.directory) as file, _outbox_for_reading(settings) as pending:
         tell_store(settings)
         typer.echo(
@@ -150,7 +150,7 @@ def _purge_in_place(
 
 def _confirm(chosen: "_Chosen", *, is_sure: bool) -> None:
     if not is_sure and (chosen.entries or chosen.points):
-        confirm(f"Delete {chosen.told} for good?")
+        confirm(f"Delete {chosen.summary} for good?")
 
 
 def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> None:
@@ -167,7 +167,7 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
         print_json({**content, "dry_run": dry_run})
         return
     verb = "would be deleted" if dry_run else "deleted"
-    typer.echo(f"{chosen.told}: {verb}")
+    typer.echo(f"{chosen.summary}: {verb}")
     if not dry_run and deleted != chosen.entries:
         typer.echo(f"{count(deleted, 'entry was', 'entries were')} still there to be deleted")
     if chosen.of_others:
@@ -185,26 +185,26 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """What a purge is about to delete."""
+    """The entries and points that a purge is about to delete."""
 
     choices: list[purge.PurgeFilter]
     entries: int
     bytes: int
     of_others: int
-    """Those of the entries that lie in a partition that several namespaces or spaces share."""
+    """Entries in partitions that several namespaces or spaces share."""
     points: list[OutboxEntry]
-    """What waits for Qdrant."""
+    """Points that wait for Qdrant."""
     journaled: list[OutboxEntry]
-    """What the journal has of points that were sent."""
+    """Journal entries of sent points."""
     has_outbox: bool
     nanodollars: int | None
-    """About what the entries have cost; None if that is known of none."""
+    """The approximate cost of the entries; None if it is known for none of them."""
     without_value: int
-    """Of how many it is not known, because none of their partition was bought here."""
+    """Entries of unknown cost, because nothing of their partition was bought here."""
 
     @property
-    def told(self) -> str:
-        """What is deleted, in words."""
+    def summary(self) -> str:
+        """The choice in words."""
         if self.nanodollars is None:
             worth = "of unknown value"
         else:
@@ -220,7 +220,7 @@ def _look_up(
     outbox: OutboxFile | ReadOnlyOutbox | None,
     choice: purge.PurgeFilter,
 ) -> _Chosen:
-    """Return what a choice comes to. Raises WrongUsage if it names what is not there."""
+    """Return what a choice matches. Raises WrongUsage if it names something that does not exist."""
     namespace, space = choice.namespace, choice.space
     is_named = namespace is not None or space is not None
     if is_named and not (outbox and select_entries(outbox, namespace=namespace, space=space)):
@@ -260,7 +260,7 @@ def _look_up(
 
 
 def _delete(file: purge.WritableFile, choices: Sequence[purge.PurgeFilter], entries: int) -> int:
-    """Delete what is chosen, and return how many entries that were; `entries` are expected."""
+    """Delete the chosen entries, and return their number; `entries` are expected."""
     deleted = 0
     try:
         with progress("deleting", entries) as tell:
@@ -269,16 +269,16 @@ def _delete(file: purge.WritableFile, choices: Sequence[purge.PurgeFilter], entr
                     deleted += count
                     tell(deleted)
     finally:
-        # Also what an interruption cut short is to be forgotten.
+        # Also forget the points of an interrupted purge.
         if deleted and not purge.announce(file, deleted):
             wait(2 * TICK_SECONDS)  # By then, running proxies have noticed.
     return deleted
 
 
 def _shared_partitions(choice: purge.PurgeFilter) -> list[purge.PurgeFilter]:
-    """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
+    """Return the shared partitions that may also hold chosen entries.
 
-    See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
+    See `cache.disk.bounds`. An entry there does not name its namespace or space.
     """
     filters = []
     rest = None if choice.space is None else bounds.rest_of(current_label(choice.space))
@@ -292,7 +292,7 @@ def _shared_partitions(choice: purge.PurgeFilter) -> list[purge.PurgeFilter]:
 
 @contextmanager
 def _outbox(settings: Settings) -> Iterator[OutboxFile | None]:
-    """Give what waits for Qdrant; None where nothing ever did. Raises WorkFailed."""
+    """Give the outbox; None if there never was one. Raises WorkFailed."""
     folder = settings.cache.directory
     if not (folder / FILE_NAME).exists():
         yield None
@@ -308,10 +308,10 @@ def _outbox(settings: Settings) -> Iterator[OutboxFile | None]:
 def _outbox_for_reading(
     settings: Settings,
 ) -> Iterator[OutboxFile | ReadOnlyOutbox | None]:
-    """Give what waits for Qdrant to a dry run, which changes nothing. Raises WorkFailed.
+    """Give the outbox to a dry run, which changes nothing. Raises WorkFailed.
 
-    Only a file of an older version is opened for writing: it has to be brought up to date to be
-    read. One that is damaged is left as it is.
+    Only a file of an older version is opened for writing, because it must be upgraded before it can
+    be read. A damaged file is not changed.
     """
     path = settings.cache.directory / FILE_NAME
     if not path.exists():
@@ -334,7 +334,7 @@ def _outbox_points(
     choices: Sequence[purge.PurgeFilter],
     tables: Sequence[str],
 ) -> list[OutboxEntry]:
-    """Return the points in `tables` of what is chosen first; by age the cache entry counts."""
+    """Return the points in `tables` that were made from chosen entries."""
     choice = choices[0]
     selected = select_entries(
         outbox,

@@ -83,7 +83,7 @@ def verify_store(
 
 def _scan(settings: Settings, *, for_writing: bool) -> Findings:
     findings = Findings()
-    # Who is going to mend learns at once that the store cannot be written.
+    # A command that mends learns at once that the store cannot be written.
     opener = open_store if for_writing else open_store_for_reading
     try:
         with opener(settings) as database:
@@ -129,7 +129,7 @@ def _tell(findings: Findings, *, mended: bool, outcome: Outcome | None) -> None:
 
 
 def _start_anew(settings: Settings) -> Outcome:
-    """Move the damaged file aside, and what is whole in it into a fresh one."""
+    """Move the damaged file aside, and salvage it into a new one."""
     cache = settings.cache
     path = connection.folder_of(cache.directory) / FILE_NAME
     limit = int(cache.size_limit_gib * GIB)

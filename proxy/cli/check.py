@@ -44,7 +44,7 @@ def check(
     check_own_address(configuration)
     choice = ModelSelection(
         model or configuration.models,
-        # The built-in configuration names a model, too, but nobody asked for it.
+        # The built-in configuration names a model too, but the user did not.
         must_work=bool(model or config_file),
         also="all" if everything else "nothing" if model else "each provider",
     )
@@ -82,7 +82,7 @@ def check(
 
 
 def _unset(configuration: Configuration) -> Iterator[str]:
-    """Yield the variables that the proxy needs to start, and a check does not."""
+    """Yield the variables that the proxy needs to start, and a check does not need."""
     for line in configuration.unresolved:
         yield f"{line}; without it `serve` does not start"
 
@@ -192,7 +192,7 @@ def _cells(result: RouteResult) -> tuple[str, ...]:
 
 
 def _align(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the rows as lines whose cells stand below one another; the last of a row is free."""
+    """Yield the rows as lines with aligned cells; the last cell of a row has any length."""
     rows = list(rows)
     widths: dict[int, int] = {}
     for row in rows:

@@ -48,9 +48,9 @@ from .output import (
 )
 
 ASK_ABOVE_USD = 0.10
-"""What is spent without `--yes`, at most, as far as it can be told before."""
+"""The most that is spent without `--yes`, as far as it is known before."""
 UNKNOWN_USD = 1.0
-"""USD per million tokens that are reckoned with where a price is not known; few cost more."""
+"""The assumed USD per million tokens of an unknown price; few models cost more."""
 MILLION = 1_000_000
 
 
@@ -129,7 +129,7 @@ def compare(  # noqa: PLR0913 - one parameter an option
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is to be tried, and for how much."""
+    """The routes to try, and the most that it may cost."""
 
     settings: Settings
     names: Sequence[str]
@@ -137,12 +137,12 @@ class _Work:
     plan: Plan
     dry_run: bool
     budget: float | None
-    """USD; None = whatever it costs."""
+    """USD; None = no limit."""
 
     async def do(self) -> tuple[list[RouteBenchmark], list[str]]:
         """Try the routes; return them, and why others were left out.
 
-        Raises ConfigError before a cent is spent; WorkFailed if there is no route.
+        Raises ConfigError before anything is spent; WorkFailed if there is no route.
         """
         async with AsyncExitStack() as stack:
             choice = ModelSelection(self.names, also="nothing")
@@ -189,7 +189,7 @@ class _Work:
             )
 
     def _price(self, candidates: Candidates, result: RouteResult) -> float | None:
-        """Return USD per million tokens; None if it is not known: 0 is, on one's own machine."""
+        """Return USD per million tokens; None if not known. A model on this machine costs 0."""
         entry = self.settings.providers[result.provider]
         price = candidates.models[result.models[0]].price
         if result.route is not None and result.route.price is not None:
@@ -211,7 +211,7 @@ class _Work:
                     )
 
     def _tell_cost(self, trials: Sequence[RouteBenchmark]) -> None:
-        """Say on stderr what will be asked and what it costs. Raises ConfigError if it is much."""
+        """Print the planned calls and their cost on stderr. Raises ConfigError if it is high."""
         costs = [cost(trial, self.plan, UNKNOWN_USD) for trial in trials]
         count, total = (sum(each) for each in zip(*costs, strict=True))
         line = (
@@ -230,7 +230,7 @@ class _Work:
 
 
 def plan_as_dict(trials: Sequence[RouteBenchmark], plan: Plan) -> dict[str, Any]:
-    """Return what would be asked; a cost that cannot be told is None."""
+    """Return the planned calls; an unknown cost is None."""
     routes = []
     for trial in trials:
         count, usd = cost(trial, plan, 0.0)
@@ -248,7 +248,7 @@ def as_dict(
     left_out: Sequence[str],
     problems: Sequence[str],
 ) -> dict[str, Any]:
-    """Return all that was found, as scripts get it."""
+    """Return the whole result, for scripts."""
     return {
         "texts": samples.texts,
         "labelled_queries": len(samples.wanted),
@@ -288,7 +288,7 @@ def _route(report: ComparisonReport, row: ComparisonRow) -> dict[str, Any]:
         "batch_p95_ms": _round(row.batch_p95_ms),
         "tokens": trial.tokens,
         "usd": trial.usd,
-        "charged": trial.told and trial.tokens > 0,
+        "charged": trial.is_cost_reported and trial.tokens > 0,
         "usd_per_million_tokens": row.usd_per_million_tokens,
         "usd_per_million_inputs": row.usd_per_million_inputs,
         "dimensions": trial.width or None,
@@ -323,7 +323,7 @@ def print_report(
     left_out: Sequence[str],
     problems: Sequence[str],
 ) -> None:
-    """Print a table of the routes, then what else there is to say, one line each."""
+    """Print a table of the routes, then further results, one line each."""
     from rich.table import Table  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
 
     table = Table(box=None, pad_edge=False)
@@ -407,7 +407,7 @@ def _advice(report: ComparisonReport) -> Iterator[str]:
 
 
 def draw_plot(report: ComparisonReport) -> str:
-    """Return a plot of the median latency against recall if that is known, else against cost."""
+    """Return a plot of the median latency against recall, or against cost without recall."""
     by_recall = report.best_recall is not None
     points = []
     for row in report.rows:

@@ -97,7 +97,7 @@ def _report(converted_config: ConvertedConfig) -> Iterator[str]:
 
 
 def _written(converted_config: ConvertedConfig, name: str) -> Iterator[str]:
-    """Yield the lines of our file: what became of the old keys as comments, then the sections."""
+    """Yield the lines of the new file: the fate of the old keys as comments, then the sections."""
     yield printable(f"# Converted from {name}. What became of its keys:")
     for line in _report(converted_config):
         yield f"#   {line}"

@@ -43,12 +43,12 @@ _MIN_WIDTH = 60
 
 
 class DemoFailed(Exception):
-    """The demo did not show what it promises; the message says what."""
+    """The demo did not show what it promises; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one pass over all inputs showed."""
+    """The result of one pass over all inputs."""
 
     title: str
     vectors: vector.Floats
@@ -58,7 +58,7 @@ class Pass:
 
 
 def run() -> None:
-    """Run the demo and print what it shows. Raises DemoFailed."""
+    """Run the demo and print its result. Raises DemoFailed."""
     console = Console(highlight=False)
     # A narrower one is never ready with a table.
     console.width = max(console.width, _MIN_WIDTH)
@@ -72,10 +72,10 @@ def run() -> None:
         config.write_text(json.dumps(settings))  # JSON is YAML
         with _proxy(config) as client:
             first = _embed(client, "first pass", texts)
-        # A new process: whatever is served now comes from disk.
+        # In a new process everything is served from disk.
         with _proxy(config) as client:
             second = _embed(client, "after a restart", texts)
-            # In the client's own encoding, base64: it takes far longer to read floats.
+            # In the client's default encoding, base64; floats take far longer to read.
             third = _embed(client, "cut to 128 wide", texts, 128)
             queries = _embed(client, "queries", list(QUERIES)).vectors
     passes = [first, second, third]
@@ -93,7 +93,7 @@ def run() -> None:
 @contextmanager
 def _proxy(config: Path) -> Iterator[openai.OpenAI]:
     """Run `embedding-proxy serve` on a free port, and give a client that points at it."""
-    # -P: a proxy.py that happens to lie in the current folder is not ours.
+    # -P: do not import a proxy.py in the current folder.
     command = [
         sys.executable,
         "-P",
@@ -113,7 +113,7 @@ def _proxy(config: Path) -> Iterator[openai.OpenAI]:
         late = threading.Timer(_START_SECONDS, process.kill)
         late.start()
         try:
-            # The last line of a start is made to be pasted into a shell.
+            # The last line of a start is to be pasted into a shell.
             line = process.stdout.readline() if process.stdout else ""
             late.cancel()
             _, _, url = line.strip().partition("OPENAI_BASE_URL=")
@@ -139,7 +139,7 @@ def _embed(
     texts: list[str],
     dimensions: int | None = None,
 ) -> Pass:
-    """Embed all texts, some hundred a request, and take the time."""
+    """Embed all texts, some hundred a request, and measure the time."""
     rows: list[list[float]] = []
     computations = hits = 0
     start = time.perf_counter()
@@ -193,7 +193,7 @@ def _excerpt(docs: list[Docstring], text: str) -> str:
 
 
 def _judge(passes: list[Pass], inputs: int) -> None:
-    """Raise DemoFailed unless everything was computed once and served from the cache after."""
+    """Raise DemoFailed unless everything was computed once and then served from the cache."""
     first, *later = passes
     if first.computed != inputs:
         raise DemoFailed(f"the first pass computed {first.computed} of {inputs} inputs")

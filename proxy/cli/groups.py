@@ -16,14 +16,14 @@ from .imports import importing
 
 
 class Place(NamedTuple):
-    """Where a command is, and what it does."""
+    """The module of a command, and its help."""
 
     module: str
-    """In this package. It adds the command to the group, or has a function for it."""
+    """The module in this package. It adds the command to the group, or has a function for it."""
     help: str
-    """The first sentence of its docstring: a test sees that they agree."""
+    """The first sentence of the command's docstring. A test compares them."""
     attribute: str = ""
-    """The name of that function; empty where the module adds the command by itself."""
+    """The name of that function; empty if the module adds the command itself."""
 
 
 class LazyGroup(TyperGroup):
@@ -33,25 +33,25 @@ class LazyGroup(TyperGroup):
     places: ClassVar[Mapping[str, Place]]
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002 - typer's own class
-        """Return the names of all commands, those that are always there first."""
+        """Return the names of all commands, first those that are always imported."""
         own = [name for name in self.commands if name not in self.places]
         return [*own, *self.places]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as above
-        """Return a command; one that is not imported yet is there with its name and help only."""
+        """Return a command; before its import it has only its name and help."""
         place = self.places.get(cmd_name)
         if place is not None and cmd_name not in self.commands:
             return TyperCommand(cmd_name, help=place.help, short_help=place.help)
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 - as above
-        """Return the command that is called, imported."""
+        """Return the command of the command line, imported."""
         if args:
             self.load(args[0])
         return super().resolve_command(ctx, args)
 
     def load(self, name: str) -> None:
-        """Import a command, if it is one of those that are imported late."""
+        """Import a command of `places`."""
         place = self.places.get(name)
         if place is None or name in self.commands:
             return
@@ -140,15 +140,15 @@ def _say_what_is_waited_for() -> None:
 
 
 index_app = group(
-    "Look at what waits for Qdrant, try again what it refused, send again what it has lost.",
+    "Show the points that wait for Qdrant, retry those it refused, restore those it has lost.",
     {
         "status": Place(
-            "index", "Say what waits for Qdrant, and what was put aside, with the reasons."
+            "index", "Show how many points wait for Qdrant, and those it refused, with the reasons."
         ),
-        "retry": Place("index", "Try again at once what was put aside."),
+        "retry": Place("index", "Retry at once the points that Qdrant refused."),
         "resync": Place(
             "index",
-            "Send again what was indexed and is not in Qdrant any more, from the cache.",
+            "Send again the indexed points that Qdrant has lost, from the cache.",
         ),
     },
 )
@@ -176,7 +176,9 @@ keys_app = group(
             "keys", "Make a key for a client, and print it: it is not shown a second time."
         ),
         "list": Place("keys", "Show the keys of the file, and what of their budgets is spent."),
-        "revoke": Place("keys", "Let the keys of a name in no longer."),
+        "revoke": Place(
+            "keys", "Revoke the keys of a name: clients with them are refused from now on."
+        ),
         "rotate": Place(
             "keys", "Make a new key for a name, and print it; the old one is valid for a while."
         ),
@@ -200,4 +202,4 @@ OTHERS = {
         "reload",
     ),
 }
-"""Those that stand beside the groups."""
+"""Commands outside the groups."""

@@ -15,17 +15,17 @@ from types import FrameType
 from typing import NoReturn
 
 EXIT_CODE = 130
-"""What a shell reports of a process that SIGINT ended: 128 and the number of the signal."""
+"""The exit code that a shell reports after SIGINT: 128 and the number of the signal."""
 
 
 @contextmanager
 def importing() -> Iterator[None]:
     """Import something within this block: Ctrl-C ends the process at once, with EXIT_CODE.
 
-    That is so unless somebody else handles SIGINT or it is ignored, and in the main thread only.
+    This applies in the main thread only, and not if SIGINT is ignored or has another handler.
     """
-    # What is imported stays for good: to look it all through for garbage, again and again while it
-    # grows, would be an eighth of the time it takes to start.
+    # Imported objects stay until the end. Without this, garbage collection would search them again
+    # and again, an eighth of the time of a start.
     is_collecting = gc.isenabled()
     gc.disable()
     try:

@@ -41,12 +41,12 @@ from .output import ConfigOption, JsonOption, WorkFailed, path_text, print_json,
 T = TypeVar("T")
 
 MAX_FAILURES = 4
-"""Failures of Qdrant after which a command waits no longer: what waits is on disk."""
+"""Failures of Qdrant after which a command stops waiting. The points stay on disk."""
 
 
 @index_app.command()
 def status(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Say what waits for Qdrant, and what was put aside, with the reasons."""
+    """Show how many points wait for Qdrant, and those it refused, with the reasons."""
     settings, _ = _settings(config_file)
     with _reading(settings) as sql:
         backlog = Backlog(0, 0, None, 0, ()) if sql is None else read_backlog(sql)
@@ -82,7 +82,7 @@ def _line(collection: CollectionBacklog) -> str:
 
 @index_app.command()
 def retry(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Try again at once what was put aside. Exit code 1 if some of it is refused again."""
+    """Retry at once the points that Qdrant refused. Exit code 1 if some are refused again."""
     settings, qdrant = _settings(config_file)
     with _writing(settings) as outbox:
         queued = 0 if outbox is None else outbox.requeue_dead_letters()
@@ -105,7 +105,7 @@ def resync_collections(
     dry_run: Annotated[bool, typer.Option(help="Only compare; nothing is sent.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Send again what was indexed and is not in Qdrant any more, from the cache.
+    """Send again the indexed points that Qdrant has lost, from the cache.
 
     That is also what somebody deleted there on purpose: see --dry-run. Nothing is bought. What is
     not in the cache any more is indexed by the next answer with it.
@@ -162,7 +162,7 @@ def _comparison_lines(comparisons: Sequence[Comparison], *, dry_run: bool) -> It
 
 
 class _Sent:
-    """How sending ended."""
+    """The result of sending."""
 
     def __init__(self, snapshot: dict[str, object] | None = None, *, is_ours: bool = True) -> None:
         values = snapshot or {}
@@ -173,7 +173,7 @@ class _Sent:
 
     @property
     def words(self) -> str:
-        """What is to be said behind the number of points."""
+        """The words after the number of points."""
         if not self.is_ours:
             return "; the proxy that runs sends them"
         if self.left:
@@ -181,7 +181,7 @@ class _Sent:
         return f"; {count(self.refused, 'point')} refused again" if self.refused else ""
 
     def as_json(self) -> dict[str, object]:
-        """Return it for scripts."""
+        """Return the result for scripts."""
         return {
             "sent_by": "this command" if self.is_ours else "the proxy",
             "waiting": self.left,
@@ -189,7 +189,7 @@ class _Sent:
         }
 
     def check(self) -> None:
-        """Exit with 1 if something has not arrived that this command was to send."""
+        """Exit with 1 if some of the points have not arrived."""
         if self.is_ours and (self.left or self.refused):
             raise typer.Exit(1)
 
@@ -203,7 +203,7 @@ def _settings(config_file: "ConfigOption") -> tuple[Settings, Qdrant]:
 
 @contextmanager
 def _reading(settings: Settings) -> Iterator[sqlite3.Connection | None]:
-    """Give the outbox to be read, None where there is none yet. Raises WorkFailed."""
+    """Give the outbox for reading; None if there is none yet. Raises WorkFailed."""
     folder = settings.cache.directory
     if not (folder / FILE_NAME).exists():
         yield None
@@ -221,7 +221,7 @@ def _reading(settings: Settings) -> Iterator[sqlite3.Connection | None]:
 
 @contextmanager
 def _writing(settings: Settings) -> Iterator[Outbox | None]:
-    """Give the outbox, None where there is none yet. Raises WorkFailed."""
+    """Give the outbox; None if there is none yet. Raises WorkFailed."""
     folder = settings.cache.directory
     if not (folder / FILE_NAME).exists():
         yield None
@@ -289,7 +289,7 @@ def _cached_vectors(
 
 
 async def _send(settings: Settings, qdrant: Qdrant) -> _Sent:
-    """Send what waits, unless a proxy that runs does it."""
+    """Send pending points, unless a running proxy does it."""
     async with _indexer(settings, qdrant) as indexer:
         if not indexer.sending:
             return _Sent(is_ours=False)

@@ -36,7 +36,7 @@ from .output import (
 GRACE_HOURS = 24.0
 MAX_DAYS = 36_500
 _ID = 8
-"""Hexadecimal digits of a digest by which a list tells keys of one name apart."""
+"""Hexadecimal digits of a digest that a list shows, to tell keys of one name apart."""
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Who sends the key.")]
@@ -129,7 +129,7 @@ def list_keys(config_file: ConfigOption = None, *, as_json: JsonOption = False) 
 
 @keys_app.command(name="revoke")
 def revoke_keys(name: NameArgument, *, config_file: ConfigOption = None) -> None:
-    """Let the keys of a name in no longer."""
+    """Revoke the keys of a name: clients with them are refused from now on."""
     settings = loader.load(config_file, purpose="inspect")
 
     def edit(keys: tuple[StoredKey, ...]) -> Sequence[StoredKey]:
@@ -188,7 +188,7 @@ def _print_key(settings: Settings, key: str) -> None:
 
 
 def _expiry(text: str, now: datetime) -> datetime:
-    """Return the moment that an option means: a number of days, a date or a time."""
+    """Return the time of an option: a number of days, a date or a time."""
     days = text.removesuffix("d")
     try:
         if days.replace(".", "", 1).isdecimal():
@@ -220,7 +220,7 @@ def _row(key: StoredKey, settings: Settings, now: datetime) -> dict[str, object]
 
 
 def _spent(key: StoredKey, settings: Settings) -> float | None:
-    """Return the dollars of the present period; None without a budget, or where nobody knows."""
+    """Return the dollars of the present period; None without a budget, or if not known."""
     if key.limit is None:
         return None
     path = connection.folder_of(settings.cache.directory) / FILE_NAME

@@ -66,7 +66,7 @@ def _root(
     from embedding_proxy.proxy import log  # noqa: PLC0415
 
     logging.basicConfig(level=logging.ERROR, handlers=[log.handler()])
-    # What a command waits for.
+    # Shows what a command waits for.
     logging.getLogger("embedding_proxy.qdrant").setLevel(logging.WARNING)
 
 
@@ -100,7 +100,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
         from . import startup  # noqa: PLC0415
 
     logging.getLogger().setLevel(logging.INFO)
-    # The client of Qdrant would have each of its calls in the log.
+    # Without this, the log has every call of Qdrant's client.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in options.items() if value is not None}
@@ -199,7 +199,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What the encoding of a terminal lacks is shown as an escape.
+            # Characters that the terminal cannot show are escaped.
             stream.reconfigure(errors="backslashreplace")
     try:
         with handle_failures():

@@ -182,16 +182,16 @@ def run(  # noqa: PLR0913 - one parameter an option
 
 
 Ended = tuple[State | None, MigrationState, str | None]
-"""What came of a collection: how far it is, and why it went no further."""
+"""The result of a collection: its state, and why it stopped."""
 
 
 class Beginning(NamedTuple):
     """How a run begins."""
 
     restart: bool
-    """Whether what an unfinished one has made is deleted."""
+    """Whether the results of an unfinished migration are deleted."""
     dual_write: bool | None
-    """Whether the proxy is to write to both collections; None = as before."""
+    """Whether the proxy writes to both collections; None = as before."""
 
 
 async def _run(  # noqa: PLR0913, PLR0917 - in the order of their making
@@ -227,10 +227,10 @@ async def _run(  # noqa: PLR0913, PLR0917 - in the order of their making
                     remedy = "; what was written and bought stays (run it again to go on)"
                     why = f"{request.collection}: {error}{hint}{steps}{remedy}"
                     if not isinstance(error, Rejected):
-                        # Nobody answers: so it would be with the next one.
+                        # No provider answers, so the next collection would fail too.
                         results.append((journal.load(), journal, why))
                         break
-                # What is wrong with one collection says nothing of the next.
+                # A failure of one collection says nothing about the next.
                 results.append((journal.load(), journal, why))
     return results
 
@@ -252,7 +252,7 @@ async def _migrate(  # noqa: PLR0913, PLR0917 - in the order of their making
     state = runner.state_for(points, old, request, rule, target)
     migration = Migration(points, target, journal, rule, old, state, pace=pace, progress=steps)
     await begin(migration, dual_write=beginning.dual_write)
-    # What it buys is of use only with what it finds.
+    # Purchases are useful only together with the results.
     await target.shield(verify_sample(migration, SAME))
     await copy(migration)
     await follow(migration)
@@ -280,7 +280,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def print_plans(plans: Sequence[Plan], *, exact: bool) -> None:
-    """Print what a migration would do; `exact` says whether the tokens are counted exactly."""
+    """Print the plans; `exact` says whether tokens are counted exactly."""
     for plan in plans:
         typer.echo(f"{plan.collection}: {plan.decision.regime} ({plan.decision.why})")
         if plan.source != plan.collection:
@@ -336,7 +336,7 @@ def state_dict(state: State, journal: MigrationState) -> dict[str, Any]:
 def print_state(
     state: State, journal: MigrationState, sizes: Mapping[str, int] | None = None
 ) -> None:
-    """Print how far a migration is; `sizes` are the points that are there now."""
+    """Print the progress of a migration; `sizes` are the present numbers of points."""
     counts = state.counts
     typer.echo(f"{state.collection}: {state.phase}; {NEXT[state.phase]}")
     typer.echo(f"  {state.source} -> {state.target}: {state.model}, {state.dimensions} numbers")
@@ -364,7 +364,7 @@ def print_state(
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """Print what a verification saw."""
+    """Print the result of a verification."""
     late = verdict.late
     if late is not None and (late.written or late.deleted or late.left or late.dead):
         typer.echo(

@@ -89,9 +89,9 @@ def status_command(  # noqa: PLR0913 - one parameter an option
 
 
 def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json: bool) -> None:
-    """Show the journals there are, of one Qdrant and one model if these are named.
+    """Show all journals, or those of one Qdrant and one model.
 
-    Raises WorkFailed in the end for those that cannot be read.
+    Raises WorkFailed at the end for journals that cannot be read.
     """
     address = (
         None if place is None else str(migrate_options.connection(settings, place)).rstrip("/")
@@ -192,7 +192,7 @@ def rollback_command(  # noqa: PLR0913 - one parameter an option
             with steps("counting what only the new one has", state.counts.points):
                 return await cutover.count_missing(points, state.target, state.source)
         except QdrantFailure as error:
-            # It is rolled back all the same.
+            # The rollback is done nevertheless.
             typer.echo(f"{state.collection}: {error}{steps}", err=True)
             return None
 
@@ -274,9 +274,9 @@ def _each(  # noqa: C901, PLR0913 - what all four commands share
     *,
     lock: bool = True,
 ) -> list[tuple[State, MigrationState, Any]]:
-    """Do something for each migration; return its state afterwards, and what was found.
+    """Run `work` for each migration; return its state afterwards, and the result.
 
-    What is wrong with one does not keep the others back. Raises WorkFailed at the end.
+    A failure of one does not stop the others. Raises WorkFailed at the end.
     """
 
     async def run_work(points: Points, journal: MigrationState, steps: Steps) -> Any:  # noqa: ANN401 - what `work` gives

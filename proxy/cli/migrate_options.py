@@ -37,11 +37,11 @@ from .migrate_process import ShieldedTask
 from .output import check_utf8, progress
 
 MAX_END_S = 120.0
-"""How long answers are waited for when a run is stopped."""
+"""How long a stopped run waits for answers."""
 CLIENT = "migrate"
-"""On whose account the purchases of a migration go in the ledger."""
+"""The client in the ledger for the purchases of a migration."""
 API_KEY = "QDRANT_API_KEY"
-"""The variable of the key of a server that is named on the command line."""
+"""The variable with the key of a server that the command line names."""
 _TEXTS = ("text_field", "template", "text_by")
 _KEYS = {*_TEXTS, "vector", "into"}
 
@@ -116,11 +116,11 @@ class NamedModel:
     """A model as the command line names it."""
 
     asked: str
-    """As it was named."""
+    """The name that the user gave."""
     name: str
     entry: ModelConfig
     provider: str | None
-    """The only one that may serve it; None = its routes in their order."""
+    """The only provider that may serve it; None = its routes in their order."""
 
     @property
     def space(self) -> Space:
@@ -129,7 +129,7 @@ class NamedModel:
 
 
 def find_model(settings: Settings, text: str, option: str) -> NamedModel:
-    """Return the model that an option names. Raises ConfigError."""
+    """Return the model of an option. Raises ConfigError."""
     if (entry := settings.models.get(text)) is not None:
         return _check_dimensions(NamedModel(text, text, entry, None), option)
     provider, _, rest = text.partition("/")
@@ -150,7 +150,7 @@ def _check_dimensions(model: NamedModel, option: str) -> NamedModel:
 
 
 def width_of(model: NamedModel, dimensions: int | None) -> int:
-    """Return the width to migrate to; the native one if none is asked for. Raises ConfigError."""
+    """Return the width to migrate to; by default the native one. Raises ConfigError."""
     native = model.space.dimensions
     if dimensions is None:
         return native
@@ -163,8 +163,8 @@ def width_of(model: NamedModel, dimensions: int | None) -> int:
 def settings_for(settings: Settings, model: NamedModel) -> Settings:
     """Return the settings of a service that serves a migration. Raises ConfigError.
 
-    No model of another space may stand in: its vectors would be lost among the others. Nor is what
-    is embedded indexed, as what clients ask for is.
+    They have no fallback model, because vectors of another space would be lost among the others.
+    They index nothing.
     """
     if settings.cache.mode in ("off", "refresh"):
         raise ConfigError(
@@ -182,7 +182,7 @@ def settings_for(settings: Settings, model: NamedModel) -> Settings:
 
 
 class Target:
-    """The model that a migration goes to, behind our own cache and routes."""
+    """The target model of a migration, behind our own cache and routes."""
 
     def __init__(
         self, service: EmbeddingService, model: NamedModel, dimensions: int, namespace: str = ""
@@ -197,7 +197,7 @@ class Target:
 
     @property
     def unusable_reason(self) -> str | None:
-        """What to set before the model can be asked for; None if it can."""
+        """What to set before the model can be called; None if it can be called."""
         model = self._service.models[self.name]
         if model.client_key_policy is not None and not model.client_key_policy.has_other_routes:
             provider = model.client_key_policy.providers[0]
@@ -206,17 +206,16 @@ class Target:
 
     @property
     def limits(self) -> Limits:
-        """What the provider that is asked first takes; the usual where none can be asked."""
+        """The limits of the first provider; default limits if none can be called."""
         routes = self._service.models[self.name].router.routes
         return limits_of(routes[0].provider) if routes else Limits()
 
     async def embed(
         self, texts: Sequence[str], *, anew: bool = False
     ) -> tuple[Sequence[Vector], int]:
-        """Return a vector for each of 1…N texts, and how many were bought; `anew` buys all.
+        """Return a vector for each of 1…N texts, and the number bought; `anew` buys all.
 
-        Whoever is called off meanwhile finds them in the cache the next time. Raises
-        EmbeddingError.
+        After a cancellation the vectors are in the cache. Raises EmbeddingError.
         """
         buying = self._service.embed(
             list(texts),
@@ -233,16 +232,16 @@ class Target:
         return vectors, result.usage.misses
 
     async def finish(self) -> None:
-        """Wait until all that was asked for is in the cache, or has failed."""
+        """Wait until all requested vectors are in the cache, or have failed."""
         await self.shield.wait(MAX_END_S)
 
     async def look(self, texts: Sequence[str]) -> Sequence[CostPreview]:
-        """Return what is known of each text; nothing is bought, and nothing changes."""
+        """Return the preview of each text; nothing is bought, and nothing changes."""
         return await self._service.preview(texts, self.name, namespace=self._namespace)
 
 
 class Steps:
-    """Shows the progress of a migration, and says afterwards what was done last."""
+    """Shows the progress of a migration, and afterwards the last step."""
 
     def __init__(self) -> None:
         self._title = ""
@@ -258,7 +257,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Where the texts of all collections are that say nothing of their own."""
+    """Where the texts are, for all collections without an option of their own."""
 
     field: str | None = None
     template: str | None = None
@@ -270,7 +269,7 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class MigrationOptions:
-    """What a command is to do."""
+    """The work of a command."""
 
     settings: Settings
     model: NamedModel
@@ -288,7 +287,7 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
     texts: TextOptions,
     regime: Regime,
 ) -> MigrationOptions:
-    """Return what the options say. Raises ConfigError."""
+    """Return the parsed options. Raises ConfigError."""
     settings = loader.load(config_file)
     if to is None:
         raise ConfigError("--to: name the model to migrate to")
@@ -315,7 +314,7 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
 
 
 def missing_limit(text: str) -> MissingLimit:
-    """Return how many points may be missing. Raises ConfigError."""
+    """Return the limit of missing points. Raises ConfigError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%|([0-9]+)", text.strip())
     if match is None or float(match[1] or 0) > 100:
         raise ConfigError(f"--allow-missing: {text!r} is neither a number nor a share as 1%")
@@ -323,7 +322,7 @@ def missing_limit(text: str) -> MissingLimit:
 
 
 def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:
-    """Return the collections that are named, or else those of the file. Raises ConfigError."""
+    """Return the named collections, or those of the file. Raises ConfigError."""
     return _collection_names(names, {} if file is None else _read_mapping(file))
 
 
@@ -351,7 +350,7 @@ def _read_mapping(path: Path) -> dict[str, Mapping[str, str]]:
 
 
 def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule | None:
-    """Return where the texts are; None if nothing says so."""
+    """Return the rule for the texts; None if no option gives one."""
     field, template, by = (own.get(key) for key in _TEXTS)
     if not {*_TEXTS} & own.keys():
         field, template, by = texts.field, texts.template, texts.by
@@ -368,7 +367,7 @@ def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule | None:
 
 
 def connection(settings: Settings, place: str | None) -> Connection:
-    """Return the Qdrant that is asked for. Raises ConfigError."""
+    """Return the connection to the requested Qdrant. Raises ConfigError."""
     if place is None:
         if settings.index.qdrant is None:
             raise ConfigError("--qdrant: give the URL of a Qdrant, or set index.qdrant")
@@ -384,7 +383,7 @@ def connection(settings: Settings, place: str | None) -> Connection:
 
 
 def key_hint(settings: Settings, place: str | None, error: Exception) -> str:
-    """Return where the key is that Qdrant does not accept; nothing for another failure."""
+    """Return where the key is that Qdrant refuses; empty for another failure."""
     if not isinstance(error, Denied):
         return ""
     qdrant = settings.index.qdrant
@@ -396,7 +395,7 @@ def key_hint(settings: Settings, place: str | None, error: Exception) -> str:
 
 
 def journal_of(settings: Settings, qdrant: Connection, collection: str) -> MigrationState:
-    """Return where the state of a migration is kept."""
+    """Return the state file of a migration."""
     return MigrationState(journal_folder(settings), str(qdrant).rstrip("/"), collection)
 
 

@@ -38,7 +38,7 @@ _TO_STOP = (
 )
 FINISHING = b"finishing\n"
 NOTICED_S = 0.5
-"""In which a process that was left has said so."""
+"""The time in which a process without a parent has written its note."""
 _POLL_S = 0.05
 
 
@@ -72,7 +72,7 @@ def run_detached() -> int | None:
 
 
 def _wait(worker: int, life: int) -> tuple[int, int | None]:
-    """Return how the worker ended, and the signal that was passed on to it."""
+    """Return the exit code of the worker, and the signal that was passed on to it."""
     stop_signal: int | None = None
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -93,7 +93,7 @@ def _wait(worker: int, life: int) -> tuple[int, int | None]:
 
 @asynccontextmanager
 async def cancel_when_left(life: int | None) -> AsyncIterator[None]:
-    """Cancel the current task, and say nothing from then on, when the first process has ended."""
+    """Cancel the current task, and print nothing more, when the first process has ended."""
     task = asyncio.current_task()
     if life is None or task is None:
         yield
@@ -102,7 +102,7 @@ async def cancel_when_left(life: int | None) -> AsyncIterator[None]:
 
     def cancel() -> None:
         loop.remove_reader(life)
-        # Whoever read what we print may be gone as well.
+        # The reader of our output may be gone too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in (sys.stdout.fileno(), sys.stderr.fileno()):
             os.dup2(nowhere, number)
@@ -117,20 +117,20 @@ async def cancel_when_left(life: int | None) -> AsyncIterator[None]:
 
 
 class ShieldedTask:
-    """Work that goes on to its end though whoever waits for it is called off."""
+    """Work that runs to its end even if its caller is cancelled."""
 
     def __init__(self) -> None:
         self._begun: set[asyncio.Future[Any]] = set()
 
     async def __call__(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what the work gives."""
+        """Return the result of the work."""
         task = asyncio.ensure_future(work)
         self._begun.add(task)
         task.add_done_callback(self._begun.discard)
         return await asyncio.shield(task)
 
     async def wait(self, limit_s: float) -> None:
-        """Wait until nothing is under way, for so long; then call off what is left."""
+        """Wait until no work is in progress, within a limit; then cancel the rest."""
         tasks = set(self._begun)
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=limit_s)
@@ -140,11 +140,11 @@ class ShieldedTask:
 
 
 async def _do_nothing() -> None:
-    """End at once."""
+    """Return at once."""
 
 
 async def wait_for_others(*journals: MigrationState) -> None:
-    """Wait while processes that were left keep what they have asked for.
+    """Wait while processes without a parent store the replies of their calls.
 
     Raises MigrationStateError.
     """
@@ -165,7 +165,7 @@ async def wait_for_others(*journals: MigrationState) -> None:
 async def hold_lock(
     journal: MigrationState, finish: Callable[[], Awaitable[None]] = _do_nothing
 ) -> AsyncIterator[None]:
-    """Hold a migration, and `finish` before it is let go.
+    """Hold the lock of a migration; run `finish` before it is released.
 
     Raises MigrationRefused, MigrationStateError.
     """
@@ -212,6 +212,6 @@ def _open_lock(path: Path) -> WriterLock:
 
 
 def _write_note(path: Path, what: bytes) -> None:
-    # On a disk that is full, others are refused instead of let wait.
+    # On a full disk other processes are refused instead of waiting.
     with contextlib.suppress(OSError), open(path, "wb", opener=private_files.opener) as file:
         file.write(what)

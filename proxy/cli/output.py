@@ -23,11 +23,11 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 MAX_LINE = 20_000
-"""Characters of the line with which a command fails."""
+"""The most characters of a failure's line."""
 MAX_TABLE_WIDTH = 120
-"""Characters of a line of a table, beside the names in it."""
+"""The characters of a table's line, besides its names."""
 LINE_SECONDS = 5.0
-"""How often long work says how far it is where there is no terminal."""
+"""Interval of progress lines if there is no terminal."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
@@ -36,22 +36,22 @@ class WorkFailed(Exception):
 
 
 class WrongUsage(Exception):
-    """The command line asks for what cannot be; the message is one line.
+    """The command line asks for something impossible; the message is one line.
 
-    Unlike that of a ConfigError, it is shown as it is: it repeats what is in the store.
+    Unlike that of a ConfigError it is shown unchanged, because it repeats what is in the store.
     """
 
 
 @contextmanager
 def handle_failures() -> Iterator[None]:
-    """End with one line and an exit code when something foreseeable goes wrong.
+    """End with one line and an exit code after a foreseeable failure.
 
     A configuration gets a line for each of its mistakes.
     """
     try:
         yield
     except BrokenPipeError:
-        # Whoever read our output has had enough; nothing more can be said to it.
+        # The reader of our output has closed it; nothing more can be printed.
         sys.exit(1)
     except WrongUsage as error:
         fail(str(error), 2)
@@ -59,7 +59,7 @@ def handle_failures() -> Iterator[None]:
         reason = _describe_environment(error)
         if reason is not None:
             fail(reason, 1)
-        # Imported once there is a failure: what could not be imported could not fail either.
+        # Imported after a failure. What could not be imported could not fail either.
         from embedding_proxy.proxy.http.workers import WorkerFailed  # noqa: PLC0415
 
         if isinstance(error, ConfigError):
@@ -77,9 +77,9 @@ def handle_failures() -> Iterator[None]:
 
 
 def _describe_environment(error: Exception) -> str | None:
-    """Return what the system, its limits or the installation lack; None for any other failure.
+    """Return what the system, its limits or the installation lack; None for other failures.
 
-    Nothing is imported for it: that may be what fails.
+    It imports nothing, because an import may be what fails.
     """
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
@@ -88,7 +88,7 @@ def _describe_environment(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or has_no_thread:
         return "there is not enough memory; raise the limit (ulimit -v), or end other programs"
     if isinstance(error, ImportError):
-        # numpy says the cause in the last of many lines.
+        # numpy has the cause in the last of many lines.
         *_, last = str(error).splitlines() or [""]
         return (
             f"{last.strip()}; either the installation is not complete (install it again), or the"
@@ -98,7 +98,7 @@ def _describe_environment(error: Exception) -> str | None:
 
 
 def _foreseeable() -> tuple[type[Exception], ...]:
-    """Return the failures whose message is all there is to say; imported once there is one."""
+    """Return the failures whose message says everything. They are imported only after a failure."""
     from embedding_proxy.cache.disk.connection import StoreError  # noqa: PLC0415
     from embedding_proxy.cache.maintenance.archive import ArchiveError  # noqa: PLC0415
     from embedding_proxy.cache.maintenance.import_source import SourceError  # noqa: PLC0415
@@ -124,7 +124,7 @@ def _foreseeable() -> tuple[type[Exception], ...]:
 
 
 def discard_unwritten(stream: TextIO) -> None:
-    """Drop what a stream cannot write: Python would try again at its end, and exit with 120."""
+    """Drop what a stream cannot write. Python would try again at its end, and exit with 120."""
     try:
         stream.flush()
     except OSError:
@@ -139,13 +139,13 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Print one line to stderr, if it can be written to."""
+    """Print one line to stderr, if possible."""
     with suppress(OSError):
         typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
 
 
 def check_utf8(option: str | None) -> str | None:
-    """Return an option as it is; a callback. Raises ConfigError for what is not UTF-8."""
+    """Return an option unchanged; a callback. Raises ConfigError if it is not UTF-8."""
     if option is not None and not option.isascii():
         try:
             option.encode()
@@ -155,19 +155,19 @@ def check_utf8(option: str | None) -> str | None:
 
 
 def path_text(path: Path | str) -> str:
-    """Return a path as text that can be printed, whatever bytes it is made of."""
+    """Return a path as printable text, whatever its bytes are."""
     return os.fsencode(path).decode(errors="replace")
 
 
 def has_terminal() -> bool:
-    """Tell whether a question can be asked on stderr, and answered on stdin."""
+    """Tell whether a question can be shown on stderr and answered on stdin."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def need_terminal(command: str, option: str, *, is_sure: bool) -> None:
-    """Raise WrongUsage where a question would have to be asked and there is no terminal for it.
+    """Raise WrongUsage if a question is needed and there is no terminal.
 
-    A script must not hang, nor go on with what nobody has agreed to.
+    A script must neither hang nor continue without an answer.
     """
     if not (is_sure or has_terminal()):
         raise WrongUsage(
@@ -176,9 +176,9 @@ def need_terminal(command: str, option: str, *, is_sure: bool) -> None:
 
 
 def confirm(question: str) -> None:
-    """Ask on stderr, and end the command with exit code 1 for anything but yes.
+    """Ask on stderr; end the command with exit code 1 for any answer but yes.
 
-    Raises KeyboardInterrupt for Ctrl-C, which typer would take for a no.
+    Raises KeyboardInterrupt for Ctrl-C, which typer takes for a no.
     """
     try:
         typer.confirm(question, abort=True, err=True)
@@ -189,21 +189,21 @@ def confirm(question: str) -> None:
 
 
 def tell_store(settings: "Settings") -> None:
-    """Say on stderr which store a command works on: the folder of the cache, as absolute path.
+    """Print on stderr which store a command works on: the cache folder, as an absolute path.
 
-    Not on stdout, which is for what was asked for.
+    Not on stdout, which is for the result.
     """
     directory = path_text(settings.cache.directory.absolute())
     typer.echo(printable(f"store: {directory}"), err=True)
 
 
 def printable(line: str) -> str:
-    """Replace what moves a terminal's cursor: names and messages are made by others."""
+    """Replace characters that control a terminal: names and messages come from others."""
     return "".join(sign if sign.isprintable() else "?" for sign in line)
 
 
 def console(width: int) -> "Console":
-    """Return what prints; too wide for a terminal is better than a column of single letters."""
+    """Return a console. Too wide for a terminal is better than a column of single letters."""
     from rich.console import Console  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
 
     result = Console(highlight=False, markup=False, emoji=False)
@@ -220,9 +220,9 @@ def print_json(value: object) -> None:
 
 @contextmanager
 def progress(what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-    """Show how far long work is: a bar on a terminal, plain lines elsewhere; both on stderr.
+    """Show the progress of long work: a bar on a terminal, plain lines elsewhere; both on stderr.
 
-    Gives a function that is told how much is done so far, of `total`.
+    Gives a function that gets the amount done so far, of `total`.
     """
     if not sys.stderr.isatty():
         yield _lines(what, total)
@@ -262,5 +262,5 @@ def parse_duration(text: str, option: str) -> float:
 
 
 def past_time(now: float, text: str | None, option: str) -> float | None:
-    """Return the moment a span ago; None without one. Raises ConfigError."""
+    """Return the time that long ago; None without a text. Raises ConfigError."""
     return None if text is None else max(0.0, now - parse_duration(text, option))

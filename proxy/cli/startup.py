@@ -30,7 +30,7 @@ from .output import WorkFailed, path_text
 log = logging.getLogger("embedding_proxy.start")
 
 MIN_OPEN_FILES = 48
-"""With fewer, a proxy may run out of them amid its first requests."""
+"""With fewer file descriptors, the first requests of a proxy may fail."""
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LOOPBACK: dict[int, _Address] = {
     4: ipaddress.IPv4Address("127.0.0.1"),
@@ -39,7 +39,7 @@ _LOOPBACK: dict[int, _Address] = {
 
 
 def check_open_files() -> None:
-    """Raise the limit on open files as far as it goes. Raises WorkFailed if that is too low."""
+    """Raise the limit on open files to its maximum. Raises WorkFailed if that is too low."""
     descriptors.raise_limit()
     allowed = descriptors.limit()
     if allowed < MIN_OPEN_FILES:
@@ -50,7 +50,7 @@ def check_open_files() -> None:
 
 
 def check_environment(configuration: Configuration) -> None:
-    """Raise ConfigError with all that is wrong beside the file: keys, proxies, the own address."""
+    """Raise ConfigError for all faults outside the file: keys, proxies, the own address."""
     problems: list[str] = []
     for check in (check_own_address, _check_keys):
         try:
@@ -82,7 +82,7 @@ def check_environment(configuration: Configuration) -> None:
 
 
 def _check_keys(configuration: Configuration) -> None:
-    """Raise ConfigError for a file of clients' keys that is named and lacks, or has mistakes."""
+    """Raise ConfigError if the named file of clients' keys is missing or has mistakes."""
     settings = configuration.settings
     if read_keys(KeysFile(settings.keys_path)) is None and settings.server.keys_file is not None:
         message = "there is no such file; make it with `embedding-proxy keys add NAME`"
@@ -90,7 +90,7 @@ def _check_keys(configuration: Configuration) -> None:
 
 
 def report(settings: Settings, url: str) -> None:
-    """Say it, once the proxy answers requests at a base URL."""
+    """Log it, when the proxy answers requests at a base URL."""
     log.info("embedding-proxy %s", metadata.version("embedding-proxy"))
     log.info("%s", _cache_line(settings))
     root = url.removesuffix("/v1")
@@ -127,7 +127,7 @@ def _cache_line(settings: Settings) -> str:
 
 
 def _ready(settings: Settings) -> Iterator[str]:
-    """Yield the providers that can be asked."""
+    """Yield the providers that can be called."""
     for name, entry in settings.providers.items():
         if entry is None:
             continue
@@ -139,7 +139,7 @@ def _ready(settings: Settings) -> Iterator[str]:
 
 
 def _is_local(settings: Settings, name: str) -> bool:
-    """Tell whether a provider is no remote one: disabled, or in this process."""
+    """Tell whether a provider is not remote: disabled, or in this process."""
     entry = settings.providers[name]
     return entry is None or entry.kind == registry.LOCAL
 
@@ -180,7 +180,7 @@ def _is_own(host: str, listening: str) -> bool:
 
 
 def _resolve(host: str) -> set[_Address]:
-    """Return the addresses of a host; none if it has none, for then nothing is reached there."""
+    """Return the addresses of a host; none if it has none, because nothing is reached then."""
     with suppress(ValueError):
         return {ipaddress.ip_address(host)}
     if host == "localhost" or host.endswith(".localhost"):

@@ -40,9 +40,9 @@ def http_url(value: str) -> str:
 
 
 def base_url(value: str) -> str:
-    """Return the address of a provider as it is. Raises ValueError with a remedy.
+    """Return the address of a provider unchanged. Raises ValueError with a remedy.
 
-    An address that ends in an endpoint is refused: the proxy appends `/embeddings` itself.
+    An address that ends in an endpoint is refused, because the proxy appends `/embeddings` itself.
     """
     parts = _parse(value)
     if "@" not in parts.netloc:
@@ -62,7 +62,7 @@ def base_url(value: str) -> str:
 
 
 def proxy_url(value: str) -> str:
-    """Return the address of an HTTP proxy as it is, credentials included.
+    """Return the address of an HTTP proxy unchanged, with its credentials.
 
     Raises ValueError with a remedy.
     """
@@ -111,7 +111,7 @@ def _parse(value: str) -> SplitResult:
     if colon and not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535):
         raise ValueError(f"{EXPECTED}; its port is no number from 1 to 65535")
     try:
-        # The last word is that of the library that will use it.
+        # The library that will use the address decides.
         URL(value).port  # noqa: B018 - to see whether it can be had
         return urlsplit(value)
     except ValueError:

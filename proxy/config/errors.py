@@ -32,24 +32,24 @@ _MIN_DIGITS = 2
 _NAME = re.compile(r"[\w./:@+ -]{1,64}")
 _NAME_PART = re.compile(r"[^\W_]+")
 _MAX_WORD = 24
-"""Letters of a word in a name."""
+"""The most letters of a word in a name."""
 _MAX_NUMBER = 8
-"""Characters of a part of a name that has digits: a version, a size, a date."""
+"""The most characters of a part of a name with digits: a version, a size, a date."""
 _MAX_MIXED = 3
-"""Parts of a name that have letters and digits."""
+"""The most parts of a name with letters and digits."""
 _HUMP = re.compile(r"[a-z][A-Z]")
 _MAX_HUMPS = 3
 
 
 class Problem(NamedTuple):
-    """One mistake: where it is, and what is wrong with the remedy."""
+    """One mistake: its place, and a message with the remedy."""
 
     path: KeyPath
     message: str
     hides_name: bool = False
     """Whether the last name of the path is not shown: it may be a key that was pasted there."""
     needs: tuple[KeyPath, ...] = ()
-    """The other keys that it depends on: where one of them is wrong itself, it is not told."""
+    """The other keys that it depends on. If one of them is wrong, this problem is not reported."""
     meant: str = ""
     """The known key that a misspelt one stands for."""
 
@@ -60,19 +60,19 @@ class Problem(NamedTuple):
         return ".".join(map(str, path))
 
     def add_prefix(self, path: Iterable[str | int]) -> "Problem":
-        """Return the same problem as seen from a section further up."""
+        """Return the same problem with a path from an outer section."""
         start = tuple(path)
         needs = tuple((*start, *need) for need in self.needs)
         return self._replace(path=(*start, *self.path), needs=needs)
 
     def is_consequence_of(self, wrong: Collection[KeyPath]) -> bool:
-        """Tell whether it is a consequence of other mistakes, whose places are given."""
+        """Tell whether it is a consequence of other mistakes at the places in `wrong`."""
         paths = (self.path, *self.needs)
         return any(path[:n] in wrong for path in paths for n in range(1, len(path) + 1))
 
 
 class Problems(ValueError):
-    """What is wrong with a section; paths are relative to it."""
+    """The mistakes of a section; paths are relative to it."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)

@@ -30,7 +30,8 @@ FOLDER = "folder"
 """In the context of a validation: the folder of the file (see `references.absolute_path`).
 Without it relative paths are below the working directory."""
 INSPECTED = "inspected"
-"""In the context of a validation: whether nobody will be asked, so that files for it may lack."""
+"""In the context of a validation: whether the command calls no provider, so that files for calls
+may be missing."""
 
 
 def _no_bool(value: object) -> object:
@@ -40,7 +41,7 @@ def _no_bool(value: object) -> object:
 
 
 def _off(value: object) -> object:
-    """Take YAML's `off`, which is its word for false, for the word that was written."""
+    """Replace YAML's `off`, which it reads as false, by the word."""
     return "off" if value is False else value
 
 
@@ -66,7 +67,7 @@ def _host_name(value: str) -> str:
 def _holds_certificates(value: Path, info: ValidationInfo) -> Path:
     """Return the path of a file with certificates. Raises ValueError.
 
-    A command that asks nobody does not need the file.
+    A command that calls no provider does not need the file.
     """
     if (info.context or {}).get(INSPECTED):
         return value
@@ -95,7 +96,7 @@ ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 WebOrigin = Annotated[str, AfterValidator(_web_origin)]
 FilePath = Annotated[Path, BeforeValidator(_absolute)]
-"""An absolute path, made of what the file says."""
+"""An absolute path, from the path in the file."""
 CertificateFile = Annotated[FilePath, AfterValidator(_holds_certificates)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 HostPort = Annotated[str, AfterValidator(_host_and_port)]
@@ -112,6 +113,6 @@ class Section(BaseModel):
         extra="forbid",
         frozen=True,
         protected_namespaces=(),
-        # A value may be a key: it stands in no message, of a traceback neither.
+        # A value may be a key, so no message and no traceback holds it.
         hide_input_in_errors=True,
     )

@@ -15,7 +15,7 @@ from .errors import KeyPath, Problem, refuse
 from .fields import CertificateFile, FilePath, HttpUrl, Name, Number, Section, VariableName, Whole
 
 MAX_BATCH_MIB = 4.5
-"""Of one request to Qdrant."""
+"""The longest time of one request to Qdrant."""
 
 
 class Hnsw(Section):
@@ -43,7 +43,7 @@ class Optimizers(Section):
 
 
 class Qdrant(Section):
-    """Where vectors are indexed, and how."""
+    """The Qdrant that vectors are indexed in, and how."""
 
     url: HttpUrl | None = None
     path: FilePath | None = None
@@ -78,7 +78,7 @@ class Qdrant(Section):
     @field_validator("collection", "prefix")
     @classmethod
     def _a_name(cls, value: str | None) -> str | None:
-        """Refuse what Qdrant would refuse in a name."""
+        """Refuse a name that Qdrant refuses."""
         bad = not_in_names(value or "")
         if bad:
             raise ValueError(f"a collection's name cannot hold {bad!r}")
@@ -87,7 +87,7 @@ class Qdrant(Section):
     @field_validator("payload_indexes", "sparse_vectors", mode="before")
     @classmethod
     def _names_alone(cls, value: object, info: ValidationInfo) -> object:
-        """Take a list of names for what is usual: fields that are keywords, sparse vectors."""
+        """Accept a list of names instead of a mapping: keyword fields, plain sparse vectors."""
         if not isinstance(value, list | tuple):
             return value
         if not all(isinstance(name, str) for name in value):
@@ -109,7 +109,7 @@ class Qdrant(Section):
         return self
 
     def _misfits(self) -> Iterator[Problem]:
-        """Yield what does not go together."""
+        """Yield the problems of keys that exclude each other."""
         needs: tuple[KeyPath, ...] = (("url",), ("path",))
         if (self.url is None) == (self.path is None):
             yield Problem(
@@ -137,6 +137,6 @@ class Qdrant(Section):
 
 
 class Index(Section):
-    """The vector store behind the proxy."""
+    """The vector store that the proxy writes to."""
 
     qdrant: Qdrant | None = None

@@ -54,7 +54,7 @@ class StoredKey:
     is_admin: bool = False
     limit: SpendingLimit | None = None
     expires: datetime | None = None
-    """From this moment on the key lets nobody in; None = it does not expire."""
+    """The time from which the key is refused; None = it does not expire."""
 
     def is_valid(self, now: datetime) -> bool:
         """Tell whether the key has not expired."""
@@ -72,7 +72,7 @@ def is_key(text: str) -> bool:
 
 
 def digest(key: str) -> bytes:
-    """Return what is kept of a key: its SHA-256, 32 bytes."""
+    """Return the stored form of a key: its SHA-256, 32 bytes."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -102,7 +102,7 @@ def limit_text(limit: SpendingLimit) -> str:
 
 
 def name_mistake(name: str) -> str:
-    """Return what is wrong with the name of a key; else nothing."""
+    """Return the fault of a key's name; empty if there is none."""
     if not name or name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
         return f"expected a name of at most {MAX_NAME} printable characters"
     if looks_like_key(name):
@@ -111,7 +111,7 @@ def name_mistake(name: str) -> str:
 
 
 def namespace_mistake(namespace: str) -> str:
-    """Return what is wrong with a namespace; else nothing."""
+    """Return the fault of a namespace; empty if there is none."""
     if namespace.startswith(RESERVED_NAMESPACES):
         return (
             f"namespaces that begin with {RESERVED_NAMESPACES} are the proxy's own; choose another"
@@ -121,13 +121,13 @@ def namespace_mistake(namespace: str) -> str:
 
 
 def to_time(value: date) -> datetime:
-    """Return a moment with its time zone: of a date its beginning, and without a zone UTC's."""
+    """Return a time with a zone. A date means its beginning; without a zone it is UTC."""
     moment = value if isinstance(value, datetime) else datetime.combine(value, time())
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 Edit: TypeAlias = Callable[[tuple[StoredKey, ...]], Sequence[StoredKey]]
-"""Takes the keys of the file, and returns those that it is to have."""
+"""Gets the keys of the file, and returns the new ones."""
 
 
 class KeysFile:
@@ -136,11 +136,11 @@ class KeysFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[int, ...] | None = None
-        """What the file was like when it was read; None = there was none."""
+        """The state of the file at the last read; None = there was no file."""
 
     @property
     def has_changed(self) -> bool:
-        """Whether the file is another one than was read last. Raises OSError."""
+        """Whether the file has changed since the last read. Raises OSError."""
         return self._state() != self._seen
 
     def read(self) -> tuple[StoredKey, ...] | None:
@@ -163,11 +163,11 @@ class KeysFile:
         return _keys(file, self.path)
 
     def retry(self) -> None:
-        """Take the file for one that has changed: it could not be read."""
+        """Treat the file as changed, because it could not be read."""
         self._seen = ()
 
     def change(self, edit: Edit) -> None:
-        """Replace the keys by what `edit` makes of them, while no other process does so.
+        """Replace the keys by the result of `edit`, while no other process changes them.
 
         The file is written as a whole, for its owner alone. Raises ConfigError, OSError, and
         TimeoutError if another process keeps changing it.
@@ -193,7 +193,7 @@ class KeysFile:
 
 
 def _plain(key: StoredKey) -> dict[str, object]:
-    """Return a key in YAML's own types; what has its default is left out."""
+    """Return a key in YAML's own types, without default values."""
     fields: dict[str, object] = {
         "name": key.name,
         "digest": key.digest.hex(),
@@ -229,7 +229,7 @@ def _line(file: YamlFile, path: Path, key_path: KeyPath, problem: str) -> str:
 
 
 def _entries(content: object, problems: list[tuple[KeyPath, str]]) -> list[Any]:
-    """Return the list of keys of a file; what is wrong with the file is added to `problems`."""
+    """Return the list of keys of a file; mistakes of the file are added to `problems`."""
     if content is None:
         return []
     entries = content.get("keys", []) if isinstance(content, dict) else None
@@ -265,11 +265,12 @@ _FIELDS: Mapping[str, Callable[[Any], str]] = {
     "created": _time_mistake,
     "expires": _time_mistake,
 }
-"""What an entry may hold, and what tells what is wrong with a value; empty for nothing."""
+"""The fields of an entry, each with a function that returns the fault of a value, or an empty
+text."""
 
 
 def _mistakes(entry: object) -> Iterator[tuple[KeyPath, str]]:
-    """Yield what is wrong with an entry: the path of a field, and the problem."""
+    """Yield the mistakes of an entry: the path of a field, and the problem."""
     if not isinstance(entry, dict):
         yield (), "expected keys with values below it: name, digest"
         return

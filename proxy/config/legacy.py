@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAMED_SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(r"\b(sk|pk)-[A-Za-z0-9_-]{8,}|//[^/@\s]*@")
-# What may be said of embeddings, and of which type; the flat form may put `embedding_` before it.
+# The known keys and their types. In the flat form they may begin with `embedding_`.
 _TEXTS = ("provider", "model", "api_key_env", "api_key", "base_url")
 _NUMBERS = ("dimensions", "max_retries", "timeout")
 _EMBEDDING = (*_TEXTS, *_NUMBERS, "fallback_providers")
@@ -30,7 +30,7 @@ _STORE = (*_STORE_TEXTS, "embedding_dimension", "allow_dynamic_dimensions")
 
 
 class OldValue(NamedTuple):
-    """A value of the old file, and where it stands."""
+    """A value of the old file, and its place."""
 
     path: str
     value: Any
@@ -38,7 +38,7 @@ class OldValue(NamedTuple):
 
 @dataclass(slots=True)
 class OldConfig:
-    """What an old file says: by the names of the nested form, whichever it has."""
+    """The content of an old file, by the names of the nested form."""
 
     embedding: dict[str, OldValue] = field(default_factory=dict)
     fallbacks: list[dict[str, OldValue]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class OldConfig:
 
 @dataclass(slots=True)
 class ConvertedConfig:
-    """Our configuration, and what became of the old one."""
+    """Our configuration, and the fate of the old keys."""
 
     providers: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -59,14 +59,14 @@ class ConvertedConfig:
     warnings: list[str] = field(default_factory=list)
 
     def note(self, value: OldValue | None, outcome: str) -> None:
-        """Say what became of a key, if it was there."""
+        """Note the fate of a key, if it exists."""
         if value is not None:
             self.notes.append((value.path, outcome))
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model at a provider: our name for it, and what is known of it."""
+    """A model at a provider: our name for it, and its catalog entry."""
 
     name: str
     provider: str
@@ -78,7 +78,7 @@ class _Model:
         return {"provider": self.provider, "model": self.upstream}
 
     def describe(self) -> dict[str, Any]:
-        """Return what our configuration must say of it beside its routes."""
+        """Return the keys that our configuration needs beside the routes."""
         if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
             return {}
         description = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
@@ -86,7 +86,7 @@ class _Model:
 
 
 def read(content: Mapping[Any, Any], file: str) -> OldConfig:
-    """Take an old configuration apart. Raises ConfigError for one that holds a key, or none of it.
+    """Parse an old configuration. Raises ConfigError if it holds a key, or is no such file.
 
     `file` is its name, for messages.
     """
@@ -126,7 +126,7 @@ def read(content: Mapping[Any, Any], file: str) -> OldConfig:
 
 
 def variable(section: Mapping[str, OldValue]) -> OldValue | None:
-    """Return the name of the variable that holds a key, named or referred to."""
+    """Return the name of the variable that holds a key."""
     if "api_key_env" in section:
         return section["api_key_env"]
     api_key = section.get("api_key")
@@ -135,7 +135,7 @@ def variable(section: Mapping[str, OldValue]) -> OldValue | None:
 
 
 def _find_keys(value: object, path: str) -> Iterator[str]:
-    """Yield where a key lies open below a path: something called so, or looking so."""
+    """Yield the paths of values that are keys by their name or form."""
     last = path.rpartition(".")[2]
     if isinstance(value, dict):
         for key, below in value.items():
@@ -158,11 +158,11 @@ def _section(value: object, file: str, path: str) -> Mapping[Any, Any]:
 
 
 def _read_flat(llm: Mapping[Any, Any], file: str, old: OldConfig) -> None:
-    """Read the older form, whose other keys may be about a model that chats."""
+    """Read the flat form, whose other keys may belong to a chat model."""
     if llm.get("embedding_model") is None:
         old.left_out += [(f"llm.{key}", "says nothing of embeddings") for key in llm]
         return
-    # What stands there beside another service's name is not for embeddings.
+    # Keys beside another service's name are not for embeddings.
     plain_one, own_one = llm.get("provider"), llm.get("embedding_provider")
     own = plain_one is None or (plain_one in registry.KINDS and own_one in (None, plain_one))
     values = {}
@@ -196,7 +196,7 @@ def _read_fallbacks(fallbacks: OldValue, file: str, old: OldConfig) -> None:
 def _take(
     section: Mapping[Any, Any], names: Iterable[str], file: str, path: str, old: OldConfig
 ) -> dict[str, OldValue]:
-    """Return what is known of a section; name the rest."""
+    """Return the known keys of a section; note the others."""
     values: dict[str, OldValue] = {}
     for key, value in section.items():
         if key in names:
@@ -223,9 +223,9 @@ def _keep(
 
 
 def convert(content: Mapping[Any, Any], file: str) -> ConvertedConfig:
-    """Return what an old configuration comes to; `file` is its name, for messages.
+    """Return the converted configuration; `file` is the name of the old one, for messages.
 
-    Raises ConfigError for one that holds a key, or that names a provider nobody knows.
+    Raises ConfigError if the file holds a key, or names an unknown provider without address.
     """
     old = read(content, file)
     converted = ConvertedConfig()
@@ -256,7 +256,7 @@ def _convert_first(old: OldConfig, file: str, converted: ConvertedConfig) -> _Mo
 
 
 def _model(provider: str, upstream: str) -> _Model:
-    """Return what is known of a model at a provider: the catalogue's entry, or its name alone."""
+    """Return a model at a provider: its catalog entry, or its name alone."""
     for name, entry in CATALOGUE.items():
         if (provider, upstream) in entry.routes and (
             name == upstream or provider == registry.LOCAL
@@ -267,7 +267,7 @@ def _model(provider: str, upstream: str) -> _Model:
 
 
 def _apply_dimensions(model: _Model, value: OldValue | None, converted: ConvertedConfig) -> _Model:
-    """Return a model whose width may be what the old file says."""
+    """Return a model with the width of the old file, if it may have it."""
     native = model.entry.dimensions
     if value is None:
         return model
@@ -290,7 +290,7 @@ def _apply_dimensions(model: _Model, value: OldValue | None, converted: Converte
 def _convert_provider(
     name: str, section: Mapping[str, OldValue], file: str, converted: ConvertedConfig
 ) -> None:
-    """Describe a provider as far as an old file does; what was said of it first counts."""
+    """Add a provider of the old file; the first description of a provider counts."""
     entry = converted.providers.setdefault(name, {})
     address, time = section.get("base_url"), section.get("timeout")
     retries = section.get("max_retries")
@@ -331,7 +331,7 @@ def _convert_provider(
 def _convert_fallbacks(
     old: OldConfig, file: str, first: _Model, converted: ConvertedConfig
 ) -> None:
-    """Turn old fallbacks into routes of the same space, or into models that may stand in."""
+    """Convert old fallbacks to routes of the same space, or to fallback models."""
     for value in old.fallbacks:
         if not {"provider", "model"} <= value.keys():
             raise ConfigError(f"{file}: llm.embedding.fallback_providers: an entry is empty")
@@ -350,7 +350,7 @@ def _convert_fallbacks(
 
 
 def _add_fallback(path: str, first: _Model, other: _Model, converted: ConvertedConfig) -> None:
-    """Let a model of another space stand in, at a width that is named."""
+    """Add a fallback model of another space, at a named width."""
     entry = converted.models.setdefault(other.name, {**other.describe(), "routes": []})
     if other.route not in entry["routes"]:
         entry["routes"].append(other.route)

@@ -33,37 +33,36 @@ __all__ = [
 BUILT_IN = "the built-in configuration"
 COMMAND_LINE = "the command line"
 MAX_PROBLEMS = 50
-"""Mistakes that are told of one file; more are counted."""
+"""The most mistakes that are reported of one file; the rest is counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A configuration file, or the built-in one, and what it comes to."""
+    """A configuration file, or the built-in one, and its settings."""
 
     settings: Settings
     content: Mapping[Any, Any]
-    """What the file says, not validated, `${NAME}` as it stands."""
+    """The content of the file: not validated, `${NAME}` unresolved."""
     file: Path | None
-    """None = the built-in one."""
+    """The path of the file; None = the built-in one."""
     unresolved: tuple[str, ...] = ()
-    """Variables of the file that are not set and that nobody needs now; a line for each, as in
-    ConfigError."""
+    """Unset variables of the file that are not needed now; a line for each, as in ConfigError."""
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that the file itself names; the settings hold the whole catalogue."""
+        """The models that the file itself names; the settings hold the whole catalog."""
         return tuple(self.content.get("models") or ())
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """The providers that the file of a user names, but for those that are null."""
+        """The providers that a user's file names, without those that are null."""
         if self.file is None or not self.settings.names_providers:
             return ()
         section = self.content.get("providers") or {}
         return tuple(name for name in section if self.settings.providers.get(name) is not None)
 
     def problem(self, path: KeyPath, message: str) -> str:
-        """Return a line that tells what is wrong with a key, as in ConfigError."""
+        """Return a line about a mistake of a key, as in ConfigError."""
         return self.settings.problem(path, message)
 
 
@@ -111,7 +110,7 @@ def read_configuration(
 
 
 def validate_content(content: Mapping[Any, Any], name: str) -> Settings:
-    """Return the settings that a file of that name holds. Raises ConfigError.
+    """Return the settings of a content under a file's name. Raises ConfigError.
 
     Relative paths are below the working directory.
     """
@@ -119,7 +118,7 @@ def validate_content(content: Mapping[Any, Any], name: str) -> Settings:
 
 
 def read(path: Path | None) -> dict[Any, Any]:
-    """Return what a file holds, or the built-in one: not validated, `${NAME}` as it stands.
+    """Return the content of a file, or of the built-in one: not validated, `${NAME}` unresolved.
 
     Raises ConfigError.
     """
@@ -127,13 +126,13 @@ def read(path: Path | None) -> dict[Any, Any]:
 
 
 def load_mapping(path: Path) -> dict[Any, Any]:
-    """Return what a YAML file beside the configuration holds, a mapping. Raises ConfigError."""
+    """Return the content of another YAML file, a mapping. Raises ConfigError."""
     return read(path)
 
 
 @dataclass(slots=True)
 class _Source:
-    """Where a configuration comes from: what makes lines of its mistakes."""
+    """The source of a configuration, which makes the lines of its mistakes."""
 
     name: str
     file: YamlFile = field(default_factory=lambda: YamlFile(None))
@@ -141,18 +140,18 @@ class _Source:
     """Keys of the `server` section that do not come from the file."""
 
     def where(self, path: KeyPath) -> tuple[str, int]:
-        """Return the file, and the line of a key in it; 0 where that is not known."""
+        """Return the file, and the line of a key in it; 0 if not known."""
         if len(path) > 1 and path[0] == "server" and path[1] in self.overrides:
             return COMMAND_LINE, 0
         return self.name, self.file.line_of(path) or 0
 
     def content(self) -> dict[Any, Any]:
-        """Return what applies before it is validated: the file, and what replaces keys of it."""
+        """Return the content before validation: the file, and the keys that replace some of it."""
         content = dict(_mapping(self))
         if self.name == BUILT_IN:
-            # The file shows where the default leads; XDG_DATA_HOME may lead elsewhere.
+            # The file shows the default; XDG_DATA_HOME may change it.
             content["cache"] = {k: v for k, v in content["cache"].items() if k != "directory"}
-            # Nobody has named these: they are what is there by default.
+            # The user has not named these: they are defaults.
             content.pop("providers", None)
         if self.overrides:
             server = content.get("server") or {}
@@ -160,7 +159,7 @@ class _Source:
         return content
 
     def line(self, problem: Problem, line: int = 0) -> str:
-        """Return a problem as `file:line: key: problem; remedy`, without what is not known."""
+        """Return a problem as `file:line: key: problem; remedy`, without unknown parts."""
         name, line_number = self.where(problem.path)
         line = line or line_number
         if name == BUILT_IN:
@@ -169,11 +168,11 @@ class _Source:
         return ": ".join(part for part in (location, problem.key, problem.message) if part)
 
     def mistakes(self, problems: Iterable[Problem]) -> list[tuple[int, str]]:
-        """Return problems as (number of the line, what is told)."""
+        """Return problems as (line number, message)."""
         return [(self.where(problem.path)[1], self.line(problem)) for problem in problems]
 
     def error(self, mistakes: Iterable[tuple[int, str]]) -> ConfigError:
-        """Return the error that tells of mistakes, in the order of the file's lines."""
+        """Return the error with all mistakes, in the order of the file's lines."""
         ordered = sorted(dict.fromkeys(mistakes), key=lambda mistake: mistake[0])
         lines = [line for _, line in ordered[:MAX_PROBLEMS]]
         if len(ordered) > MAX_PROBLEMS:
@@ -192,7 +191,7 @@ def _built_in_file() -> Path:
 
 
 def _folder_of(path: Path | None) -> Path | None:
-    """Return the folder that a file's relative paths are below; None where it lies in none."""
+    """Return the folder for a file's relative paths; None if the file is in none."""
     if path is None:
         return Path()
     whole = path.absolute()
@@ -203,7 +202,7 @@ def _folder_of(path: Path | None) -> Path | None:
 
 
 def _parse(source: Path, path: Path | None) -> YamlFile:
-    """Return what a file holds. Raises ConfigError."""
+    """Return the content of a file. Raises ConfigError."""
     name = _name_of(path)
     try:
         return yaml_file.parse(source.read_text(encoding="utf-8"))
@@ -218,7 +217,7 @@ def _parse(source: Path, path: Path | None) -> YamlFile:
 
 
 def _mapping(source: _Source) -> dict[Any, Any]:
-    """Return what a file holds, keys with values. Raises ConfigError."""
+    """Return the content of a file, keys with values. Raises ConfigError."""
     content = source.file.content
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{source.name}: expected keys such as `server:`, found something else")
@@ -228,9 +227,9 @@ def _mapping(source: _Source) -> dict[Any, Any]:
 def _settings(
     source: _Source, folder: Path | None, purpose: Purpose
 ) -> tuple[Settings, list[Problem]]:
-    """Return the settings of a source, and its variables that nobody needs now.
+    """Return the settings of a source, and its unset variables that are not needed now.
 
-    Raises ConfigError with all mistakes; of a key that is written twice, those of each copy.
+    Raises ConfigError with all mistakes; for a key that is written twice, those of each copy.
     """
     context = {FOLDER: folder, INSPECTED: purpose == "inspect"}
     mistakes = [

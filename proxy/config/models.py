@@ -19,7 +19,7 @@ from .fields import Name, Number, Section, Whole
 
 
 class RouteConfig(Section):
-    """Where a model can be bought, and under which name."""
+    """A provider of a model, and its name for the model."""
 
     provider: Name
     model: Name
@@ -33,7 +33,7 @@ class Fallback(Section):
     dimension_policy: Policy = "strict"
 
     def objection(self, first: "ModelConfig", stand_in: "ModelConfig") -> str | None:
-        """Say why a model cannot stand in for another; None if it can."""
+        """Return why a model cannot be a fallback; None if it can."""
         if stand_in.space == first.space:
             return "has the same space; add its routes to `routes` instead"
         if first.dimensions is None or stand_in.dimensions is None:
@@ -70,7 +70,7 @@ class ModelConfig(Section):
     @field_validator("fallback", mode="before")
     @classmethod
     def _several_or_one(cls, value: object) -> object:
-        """Take one for a list of one, a name for all that is said of it, and null for none."""
+        """Accept one value for a list of one, a name for a whole entry, and null for none."""
         if value is None:
             return ()
         several = value if isinstance(value, list | tuple) else [value]
@@ -102,11 +102,11 @@ class ModelConfig(Section):
 
     @property
     def truncate_to(self) -> int | None:
-        """Tokens to which an input is cut before anything else; None = it is not."""
+        """Tokens to which an input is cut first; None = it is not cut."""
         return self.max_input_tokens if self.truncate else None
 
     def as_space(self) -> Space:
-        """Return the space of this model's vectors."""
+        """Return the embedding space of this model."""
         return Space(
             self.space,
             self.dimensions or 0,
@@ -118,7 +118,7 @@ class ModelConfig(Section):
 
 
 def from_catalogue(entry: ModelEntry) -> dict[str, object]:
-    """Return what the catalogue says of a model, as a configuration would say it."""
+    """Return the catalog entry of a model, in the form of a configuration."""
     return {
         "space": entry.space,
         "dimensions": entry.dimensions or None,
@@ -134,7 +134,7 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
 
 
 def unlisted_model(name: str) -> ModelConfig | None:
-    """Return what can be said of a model that is not configured; None for what is no name."""
+    """Return the entry of a model that is not configured; None if the name is no model's."""
     try:
         return ModelConfig.model_validate(from_catalogue(model_catalog.by_name(name)))
     except ValidationError:

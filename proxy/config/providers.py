@@ -58,7 +58,7 @@ _FIELDS = ("encoding_format", "accepts_tokens", "dimensions_field", "forward_use
 
 
 class LimitsConfig(Section):
-    """What a provider takes; what is not said is as its kind declares it."""
+    """The limits of a provider. A missing value is that of its kind."""
 
     inputs: Annotated[Whole, _COUNT] = 2048
     tokens: Annotated[Whole, _COUNT] | None = 300_000
@@ -69,7 +69,7 @@ class LimitsConfig(Section):
 
 
 class ProviderConfig(Section):
-    """One upstream. The defaults shown here are OpenAI's; a key that is not given is its kind's."""
+    """One provider. The defaults here are OpenAI's; a missing key has the value of its kind."""
 
     kind: Name
     base_url: BaseUrl | None = None
@@ -129,12 +129,12 @@ class ProviderConfig(Section):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "ProviderConfig":
-        """Refuse options that this kind does not know, and a kind without an address."""
+        """Refuse options that the kind does not know, and a missing address."""
         refuse(self._misfits())
         return self
 
     def _misfits(self) -> Iterator[Problem]:
-        """Yield what does not go together."""
+        """Yield the problems of keys that exclude each other."""
         if self.kind == registry.LOCAL:
             for name in sorted(self.model_fields_set - {"kind", "timeout_s"}):
                 yield Problem(
@@ -174,7 +174,7 @@ class ProviderConfig(Section):
             )
 
     def _misfits_of_the_clients_key(self) -> Iterator[Problem]:
-        """Yield what does not go with a client's key, or with the lack of one."""
+        """Yield the problems of keys that exclude a client's key, or need one."""
         if not self.uses_client_key:
             if self.share_cache:
                 yield Problem(
@@ -201,7 +201,7 @@ class ProviderConfig(Section):
 
     @property
     def uses_client_key(self) -> bool:
-        """Whether it is asked with each client's own key."""
+        """Whether it is called with each client's own key."""
         return self.auth == "client"
 
     @property
@@ -223,7 +223,7 @@ class ProviderConfig(Section):
         return self.api_key_env or registry.find(self.kind).profile.api_key_env
 
     def as_profile(self) -> Profile:
-        """Return what the kind declares, with what is said here in its place."""
+        """Return the profile of the kind, with the values of this entry."""
         profile = registry.find(self.kind).profile
         keys = self.model_fields_set
         fields = {name: getattr(self, name) for name in _FIELDS if name in keys}
@@ -255,7 +255,7 @@ class ProviderConfig(Section):
 
 
 def _keys_in_file(entry: Mapping[Any, Any]) -> Iterator[Problem]:
-    """Yield the keys of an entry that hold a secret, or seem to."""
+    """Yield the keys of an entry that hold a secret, or seem to hold one."""
     remedy = "a key does not belong in the file: name its variable in api_key_env"
     for name in ("api_key", "key"):
         if name in entry:
@@ -265,7 +265,7 @@ def _keys_in_file(entry: Mapping[Any, Any]) -> Iterator[Problem]:
 
 
 def _wrong_headers(headers: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield what cannot be sent as a header, or is not the operator's to set."""
+    """Yield headers that cannot be sent, or that the operator must not set."""
     for name, content in headers.items():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             yield Problem((), "holds something that is no name of a header; remove it")
@@ -287,6 +287,6 @@ def _header_remedy(name: str) -> str:
 
 
 def _without(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers that are not among the others, whatever their case."""
+    """Return the headers whose names, in any case, are not among the others."""
     names = {name.lower() for name in others}
     return {name: value for name, value in headers.items() if name.lower() not in names}

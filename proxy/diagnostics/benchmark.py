@@ -27,26 +27,26 @@ from embedding_proxy.providers.routing.route import Route
 from .routes import RouteResult
 
 BATCH = 64
-"""Inputs that are asked for together, at most; as many calls as the provider needs for them."""
+"""The most inputs of a batch, in as many calls as the provider needs."""
 SINGLES = 10
-"""Inputs that are asked for alone in each round, one after the other."""
+"""Inputs that are sent alone in each round, one after the other."""
 MAX_FAILURES_IN_A_ROW = 3
-"""Failures after which a route is given up: each may take as long as the provider's limits say."""
+"""Failures in a row after which a route is given up: each may last as long as the limits allow."""
 
-# No further call can succeed where one of these was met.
+# No further call can succeed after one of these.
 _FINAL = (AuthenticationError, ModelNotFound, QuotaExceeded)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every route is asked for."""
+    """The calls of every route."""
 
     inputs: Sequence[str]
     rounds: int
 
     @property
     def batches(self) -> list[range]:
-        """The places of the inputs of each batch: as equal as can be, so that they compare."""
+        """The indices of the inputs of each batch: of equal size as far as possible."""
         count = len(self.inputs)
         parts = -(-count // BATCH)
         ends = [count * i // parts for i in range(parts + 1)]
@@ -54,16 +54,16 @@ class Plan:
 
     @property
     def singles(self) -> range:
-        """The places of the inputs that are asked for alone in each round."""
+        """The indices of the inputs that are sent alone in each round."""
         return range(min(SINGLES, len(self.inputs)))
 
     @property
     def calls(self) -> int:
-        """How often a route is asked that never fails."""
+        """The number of calls of a route that never fails."""
         return 1 + len(self.batches) + self.rounds - 1 + self.rounds * len(self.singles)
 
     def tokens(self, encoding: str | None) -> int:
-        """Return how many tokens a route is asked for in all; an estimate without an encoding."""
+        """Return the number of tokens for one route; an estimate without an encoding."""
         sizes = tokens.count(self.inputs, encoding or tokens.CL100K)
         repeated_tokens = (self.rounds - 1) * sum(sizes[i] for i in self.batches[0])
         return (
@@ -76,7 +76,7 @@ class Plan:
 
 @dataclass(slots=True, eq=False)
 class RouteBenchmark:
-    """What came of asking one route."""
+    """The result of calling one route."""
 
     result: RouteResult
     route: Route
@@ -85,49 +85,49 @@ class RouteBenchmark:
     """USD per million tokens; None if it is not known."""
     calls: int = 0
     first_s: float | None = None
-    """What the first call took, which connects, or loads a model; it counts among no others."""
+    """The time of the first call, which connects or loads a model. It is in no other figure."""
     singles_s: list[float] = field(default_factory=list)
     batches_s: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
-    """By the kind of failure."""
+    """The numbers of failures, by kind."""
     why: str = ""
     """The last failure, in words."""
     vectors: dict[int, Vector] = field(default_factory=dict)
-    """By the places of their inputs."""
+    """The vectors, by the indices of their inputs."""
     answers: Counter[int] = field(default_factory=Counter)
-    """How often each input was answered, by its place."""
+    """The number of answers for each input, by its index."""
     spent: Counter[int] = field(default_factory=Counter)
-    """Nanodollars that were billed for each input, by its place."""
+    """Nanodollars billed for each input, by its index."""
     tokens: int = 0
-    """What was billed, failed calls included."""
-    told: bool = True
-    """Whether the upstream named the cost of all its calls."""
+    """The tokens billed, with failed calls."""
+    is_cost_reported: bool = True
+    """Whether the upstream reported the cost of all its calls."""
     _in_a_row: int = 0
     _over: bool = False
 
     @property
     def width(self) -> int:
-        """How many numbers its vectors have; 0 while that is not known."""
+        """The dimensions of its vectors; 0 if not known yet."""
         return self.space.dimensions
 
     @property
     def usd(self) -> float | None:
-        """What was billed; None where the upstream did not say, and no price is known."""
-        is_price_known = self.price is not None or (self.told and self.tokens > 0)
+        """The bill; None if the upstream did not report it and no price is known."""
+        is_price_known = self.price is not None or (self.is_cost_reported and self.tokens > 0)
         return self.spent.total() / NANO if is_price_known else None
 
     @property
     def usd_an_input(self) -> float | None:
-        """What an input costs on average, however often each was asked for; None as for `usd`."""
+        """The average cost of an input, whatever the number of its calls; None as for `usd`."""
         if self.usd is None or not self.answers:
             return None
         each = [self.spent[index] / count for index, count in self.answers.items()]
         return math.fsum(each) / len(each) / NANO
 
     async def ask(self, plan: Plan, indices: Sequence[int], patience_s: float) -> float | None:
-        """Ask for the inputs at these places; return the seconds of a good answer, else None.
+        """Send the inputs at these indices; return the seconds of a good answer, else None.
 
-        Asks nobody once the route is given up.
+        A route that was given up is not called.
         """
         if self._over:
             return None
@@ -136,7 +136,7 @@ class RouteBenchmark:
 
         def charge(bill: Bill) -> None:
             self.tokens += sum(bill.tokens)
-            self.told &= bill.told
+            self.is_cost_reported &= bill.told
             for index, nano in zip(bill.places, bill.nanodollars, strict=True):
                 self.spent[indices[index]] += nano
 
@@ -150,7 +150,7 @@ class RouteBenchmark:
         self._in_a_row = 0
         self.answers.update(indices)
         self.vectors |= zip(indices, result.vectors, strict=True)
-        # Whoever did not know the width knows it now, and holds the other answers to it.
+        # The width is known now, and the other answers must have it.
         self.space = replace(self.space, dimensions=len(result.vectors[0]) // 4)
         return result.seconds
 
@@ -164,7 +164,7 @@ class RouteBenchmark:
 async def run(
     trials: Sequence[RouteBenchmark], plan: Plan, patience_s: float, tell: Callable[[float], None]
 ) -> None:
-    """Ask every route. `tell` is told how many calls were made, by all together."""
+    """Call every route. `tell` gets the total number of calls made."""
 
     async def ask(trial: RouteBenchmark, indices: Sequence[int]) -> float | None:
         seconds = await trial.ask(plan, indices, patience_s)
@@ -187,7 +187,7 @@ async def run(
 
 
 def cost(trial: RouteBenchmark, plan: Plan, unknown: float) -> tuple[int, float]:
-    """Return the tokens and the USD that a trial will take about; `unknown` is for want of a price.
+    """Return the approximate tokens and USD of a trial; `unknown` is the price if none is known.
 
     It is in USD per million tokens, as all prices are.
     """

@@ -40,28 +40,28 @@ from .routes import (
 )
 
 MAX_PROVIDERS_AT_ONCE = 8
-"""Providers that are asked at the same time, each for one model after the other: so the times are
+"""Providers that are called at the same time, each for one model after the other. So the times are
 those of single calls, and a small machine need not load several models at once."""
 QDRANT_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
 class Checkup:
-    """What was found."""
+    """The result of a check."""
 
     providers: Mapping[str, ProviderStatus]
     results: list[RouteResult]
     comparisons: list[Comparison] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """One line for each thing that does not work."""
+    """One line for each problem."""
 
 
 async def examine(
     settings: Settings, choice: ModelSelection, *, offline: bool, tell: Callable[[float], None]
 ) -> Checkup:
-    """Ask every usable route of the chosen models, unless `offline`. Raises ConfigError.
+    """Call every usable route of the chosen models, unless `offline`. Raises ConfigError.
 
-    `tell` is told how many routes have been asked.
+    `tell` gets the number of routes called.
     """
     choice = replace(choice, named=add_fallback_models(settings, choice.named))
     async with AsyncExitStack() as stack:
@@ -90,7 +90,7 @@ async def _probe_routes(
         if result.route is not None:
             queues[result.provider].append((result, result.route))
     for encoding in {result.space.tokenizer for result in results if result.space.tokenizer}:
-        # To load a vocabulary takes 0.1 s, which are no provider's.
+        # Loading a vocabulary takes 0.1 s, which must not count as a provider's time.
         tokens.count(TEXTS, encoding)
     count = 0
 
@@ -111,7 +111,7 @@ async def _probe_routes(
 def _failure_reason(
     settings: Settings, choice: ModelSelection, result: RouteResult, failure: EmbeddingError
 ) -> str:
-    """Say why a route failed, and what may be done."""
+    """Return why a route failed, and the remedy."""
     why = str(failure).removeprefix(f"{result.provider}: ")
     entry = settings.providers[result.provider]
     if isinstance(failure, AuthenticationError) and entry and entry.key_variable:
@@ -143,9 +143,9 @@ def _problems(
 def provider_problems(
     configuration: Configuration, statuses: Mapping[str, ProviderStatus]
 ) -> Iterator[str]:
-    """Yield a problem for each provider that the file names in vain, and for want of any.
+    """Yield a problem for each provider that the file names in vain, and if there is none.
 
-    With `cache.mode: frozen` no provider is asked, so none has to be usable.
+    With `cache.mode: frozen` no provider is called, so none has to be usable.
     """
     settings = configuration.settings
     if settings.cache.mode == "frozen":
@@ -175,7 +175,7 @@ def _unreachable_providers(
     usable: Collection[str],
     leading: Collection[str],
 ) -> Iterator[str]:
-    """Yield a problem for each provider that the file names and no request can reach."""
+    """Yield a problem for each named provider that no request can reach."""
     for name in configuration.providers:
         why = statuses[name].why
         if name not in usable:
@@ -185,7 +185,7 @@ def _unreachable_providers(
 
 
 def _can_answer(status: ProviderStatus) -> bool:
-    """Tell whether requests may be answered by a provider."""
+    """Tell whether a provider can answer requests."""
     return status.state == "usable" or status.why == CLIENTS_PAY
 
 
@@ -195,13 +195,13 @@ def _has_remote(settings: Settings, names: Iterable[str]) -> bool:
 
 
 def _is_local_by_choice(configuration: Configuration) -> bool:
-    """Tell whether the file names providers, and no remote one among them."""
+    """Tell whether the file names only local providers."""
     is_chosen = configuration.file is not None and configuration.settings.names_providers
     return is_chosen and not _has_remote(configuration.settings, configuration.providers)
 
 
 def _reasons(statuses: Mapping[str, ProviderStatus]) -> str:
-    """Return why providers cannot be asked, with the remedies."""
+    """Return why providers cannot be called, with the remedies."""
     reasons = [
         f"{name}: {status.why}" for name, status in statuses.items() if status.state == "skipped"
     ]
@@ -210,20 +210,20 @@ def _reasons(statuses: Mapping[str, ProviderStatus]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CollectionStatus:
-    """What came of asking the Qdrant of a configuration."""
+    """The result of checking the Qdrant of a configuration."""
 
     place: str
-    """Its address, or its folder."""
+    """The address of Qdrant, or its folder."""
     ok: bool | None = None
-    """Whether vectors may be written there; None if it was not asked."""
+    """Whether vectors can be written there; None if it was not checked."""
     collections: int | None = None
     error: str | None = None
     note: str | None = None
-    """What works, but only in part."""
+    """A partial result, in words."""
 
     @property
     def line(self) -> str:
-        """What is to be told, in one line."""
+        """The result in one line."""
         if self.ok:
             note = f"; {self.note}" if self.note else ""
             return f"Qdrant: {self.place}: ok, {self.collections} collections{note}"
@@ -231,21 +231,21 @@ class CollectionStatus:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong, if something is."""
+        """The problem, if there is one."""
         return f"index.qdrant: {self.error}" if self.ok is False else None
 
     def as_json(self) -> dict[str, object]:
-        """Return everything there is to say."""
+        """Return the whole result."""
         return asdict(self)
 
 
 async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of it
     settings: Settings, *, offline: bool
 ) -> CollectionStatus | None:
-    """Open the Qdrant of a configuration, and prove that it takes points; None if it has none.
+    """Open the Qdrant of a configuration, and verify writes; None if it has none.
 
-    Sees whose collections are there first. For the proof a collection of its own is made, and
-    removed again.
+    First checks which vectors the collections hold. The write goes to a new collection, which is
+    deleted afterwards.
     """
     qdrant = settings.index.qdrant
     if qdrant is None:
@@ -267,7 +267,7 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
                 None if against else await _prove_writes(settings, qdrant, open_connection, names)
             )
     except InUse as error:
-        # Most likely by a proxy that runs; it has looked at its start.
+        # Most likely a running proxy has it open; that one has checked it at its start.
         return CollectionStatus(place, error=str(error))
     except QdrantFailure as error:
         return CollectionStatus(place, ok=False, error=str(error))
@@ -281,10 +281,10 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
 async def _prove_writes(
     settings: Settings, qdrant: Qdrant, open_connection: Connection, names: Sequence[str]
 ) -> str | None:
-    """Write a point to a collection that is made for it, and remove both.
+    """Write a point to a new collection, and delete both.
 
-    Returns what a key lacks with which some collections can be written to. Raises QdrantFailure;
-    Denied for a key with which none can.
+    Returns what a key cannot do that can write to some collections only. Raises QdrantFailure;
+    Denied for a key that can write to none.
     """
     name = f"{qdrant.prefix}embedding-proxy-check-{uuid4().hex[:8]}"
     options = index_writes.collection_options(qdrant)
@@ -307,9 +307,9 @@ async def _writable_collections(
     names: Sequence[str],
     denied: Denied,
 ) -> str:
-    """Return in words which collections a key can write to that can make none.
+    """Return in words which collections a key can write to, if it cannot create any.
 
-    Raises Denied if there are none, or if one of the models' own is none of them.
+    Raises Denied if there are none, or if a model's own collection is not among them.
     """
     own = index_writes.collection_names(settings, qdrant)
     ours = [name for name in names if name == qdrant.collection or own.is_own(name)]
@@ -317,7 +317,7 @@ async def _writable_collections(
     for name in ours or names:
         nothing = [str(uuid4())]
         try:
-            # What is not there is deleted without effect, and needs the same right as a write.
+            # Deleting a missing point has no effect, and needs the same right as a write.
             await open_connection.ask(
                 lambda client, name=name, ids=nothing: client.delete(name, ids, wait=True)  # type: ignore[misc]
             )

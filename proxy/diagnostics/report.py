@@ -32,44 +32,44 @@ class ComparisonRow:
     complete: bool
     """Whether every input was answered."""
     p50_ms: float | None
-    """Of calls with a single input, as the next; None if none was answered."""
+    """Of calls with a single input, as the next one; None if none was answered."""
     p95_ms: float | None
     overhead_ms: float | None
-    """What its median single call takes longer than that of the fastest route here."""
+    """The difference of its median single call to that of the fastest route."""
     batch_p50_ms: float | None
     batch_p95_ms: float | None
     usd_per_million_tokens: float | None
-    """None where neither the upstream nor the configuration says."""
+    """None if neither the upstream nor the configuration gives it."""
     usd_per_million_inputs: float | None
-    """Of inputs like these: models count tokens differently, so only this compares."""
+    """Per million such inputs. Models count tokens differently, so only this can be compared."""
     recall: float | None
-    """Of the labelled pairs; None without any, or if it is not complete."""
+    """The recall of the labelled pairs; None without any, or if the route is not complete."""
 
     @property
     def bytes_per_vector(self) -> int:
-        """What a vector takes: 4 bytes a number; 0 if it has given none."""
+        """The bytes of a vector, 4 for each number; 0 if the route has returned none."""
         return 4 * self.trial.width
 
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """Two routes that answered for everything."""
+    """The agreement of two routes that answered everything."""
 
     one: ComparisonRow
     other: ComparisonRow
     cosine: tuple[float, float] | None
-    """The least and the mean, where the spaces match and the widths too."""
+    """The least and the mean cosine, if spaces and widths match."""
     overlap: float | None
-    """The share of the nearest that they have in common, where the spaces do not match."""
+    """The share of common nearest texts, if the spaces do not match."""
 
     @property
     def same_space(self) -> bool:
-        """Whether both are said to give the same vectors."""
+        """Whether both have the same space."""
         return self.one.trial.space.name == self.other.trial.space.name
 
     @property
     def agree(self) -> bool | None:
-        """Whether two routes of one space do give the same vectors; None of two spaces."""
+        """Whether two routes of one space return the same vectors; None for two spaces."""
         if not self.same_space:
             return None
         return self.cosine is not None and self.cosine[0] >= SAME
@@ -77,14 +77,14 @@ class Likeness:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonReport:
-    """What is told of all."""
+    """The comparison of all routes."""
 
     rows: Sequence[ComparisonRow]
     pairs: Sequence[Likeness]
     k: int
-    """How many neighbours are looked at; fewer than asked for where there are few texts."""
+    """The number of neighbours; less than requested if there are few texts."""
     chance: float | None
-    """The overlap of neighbours that are drawn by lot."""
+    """The overlap of random neighbours."""
 
     @property
     def choices(self) -> Sequence[ComparisonRow]:
@@ -93,7 +93,7 @@ class ComparisonReport:
 
     @property
     def cheapest(self) -> ComparisonRow | None:
-        """The route whose inputs cost least, of equals the faster one; None if no cost is known."""
+        """The route with the cheapest inputs, then the faster one; None if no cost is known."""
         priced = [row for row in self.choices if row.usd_per_million_inputs is not None]
         return min(priced, key=lambda row: (_usd(row), _ms(row)), default=None)
 
@@ -105,15 +105,15 @@ class ComparisonReport:
 
     @property
     def best_recall(self) -> ComparisonRow | None:
-        """The route that finds most, of equals the cheaper one; None without labelled pairs."""
+        """The route with the best recall, then the cheaper one; None without labelled pairs."""
         judged = [row for row in self.choices if row.recall is not None]
         return max(judged, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
 
     def beaten_by(self, row: ComparisonRow) -> ComparisonRow | None:
-        """Return a route that is as good as this one, no dearer, no slower, and better in one.
+        """Return a route that is as good, no dearer, no slower, and better in one figure.
 
-        As good is a route that gives the same vectors, or, with labelled pairs, one that finds as
-        much: a cheap model is no bargain where nothing is known of what it is good for.
+        A route is as good if it returns the same vectors or, with labelled pairs, finds as much. A
+        cheap model is no bargain if nothing is known about its quality.
         """
         same = {
             pair.other if pair.one is row else pair.one
@@ -125,9 +125,9 @@ class ComparisonReport:
 
 
 def make_report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> ComparisonReport:
-    """Measure what came of some trials; the `k` nearest texts count."""
+    """Compute the report of some trials, with the `k` nearest texts."""
     count = len(samples.inputs)
-    # With nearly all texts among the nearest, everything would agree with everything.
+    # If nearly all texts are among the nearest, everything agrees.
     k = min(k, max(1, (samples.texts - 1) // 2))
     whole = [trial for trial in trials if len(trial.vectors) == count]
     neighbours: dict[int, list[list[int]]] = {}
@@ -162,7 +162,7 @@ def _row(
         overhead_ms=None if p50 is None or least_s is None else max(p50 - 1000 * least_s, 0.0),
         batch_p50_ms=_percentile_ms(trial.batches_s, 50),
         batch_p95_ms=_percentile_ms(trial.batches_s, 95),
-        # A route that was billed for nothing has its price all the same.
+        # A route that reported no charge has its price nevertheless.
         usd_per_million_tokens=(
             trial.price if usd is None or not trial.tokens else usd / trial.tokens * 1e6
         ),
@@ -196,7 +196,7 @@ def _pairs(
 
 
 def name_of(trial: RouteBenchmark) -> str:
-    """Return what a route is called: its model and provider, and the upstream's name for it."""
+    """Return the name of a route: model, provider, and the upstream's name of the model."""
     model, route = trial.result.models[0], trial.route
     plain = f"{model} at {route.name}"
     same = model.rpartition("/")[2] == route.model.rpartition("/")[2]
@@ -208,7 +208,7 @@ def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
 
 
 def _beats(first: ComparisonRow, second: ComparisonRow, *, same: bool) -> bool:
-    """Tell whether one is no worse than another in anything, and better in something."""
+    """Tell whether one route is no worse than another in all figures, and better in one."""
     figures = [
         (first.usd_per_million_inputs, second.usd_per_million_inputs),
         (first.p50_ms, second.p50_ms),
@@ -236,19 +236,19 @@ def _ms(row: ComparisonRow) -> float:
 
 
 class PlotPoint(NamedTuple):
-    """One thing, and where it is; a coordinate that is not known leaves it out of the plot."""
+    """A point of a plot. A point with an unknown coordinate is left out."""
 
     name: str
     x: float | None
     y: float | None
     note: str
-    """What is said of it below."""
+    """Its text in the list below the plot."""
 
 
 def svg(title: str, x_label: str, y_label: str, points: Sequence[PlotPoint]) -> str:
-    """Return a plot from zero on, linear in both directions; a list below names the points.
+    """Return a plot from zero on, linear in both directions, with a list of the points below.
 
-    Points are numbered as they come. Coordinates are not negative.
+    Points are numbered in their order. Coordinates are not negative.
     """
     placed = [(point.x, point.y) for point in points if point.x is not None and point.y is not None]
     x_end, x_ticks = _axis([x for x, _ in placed])
@@ -295,7 +295,7 @@ def svg(title: str, x_label: str, y_label: str, points: Sequence[PlotPoint]) -> 
 
 
 def _axis(values: Sequence[float]) -> tuple[float, list[float]]:
-    """Return where an axis ends, and its ticks: round numbers, the last at or past the largest."""
+    """Return the end of an axis and its ticks: round numbers, the last at or past the largest."""
     maximum = max(values, default=0.0) or 1.0
     power = 10.0 ** math.floor(math.log10(maximum / _TICKS))
     step = next(power * n for n in (1, 2, 5, 10) if power * n * _TICKS >= maximum)

@@ -29,20 +29,20 @@ from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY, make_rou
 
 @dataclass(frozen=True, slots=True)
 class ModelSelection:
-    """Which models are looked at."""
+    """The models to check."""
 
     named: Sequence[str]
-    """Those of no configuration are asked for by their names alone, as the proxy does it."""
+    """Models that are not configured are requested by name, as the proxy does it."""
     must_work: bool = True
-    """Whether a named model that has no usable route is a problem."""
+    """Whether a named model without a usable route is a problem."""
     also: Literal["nothing", "each provider", "all"] = "each provider"
-    """Beside them: one model of each usable provider that no named one leads to, or all models."""
+    """Also one model of each usable provider without a named one, or all models."""
 
 
 def choose_models(
     settings: Settings, choice: ModelSelection, usable: Collection[str]
 ) -> dict[str, ModelConfig]:
-    """Return the models to look at, by name. Raises ConfigError for one that there is not."""
+    """Return the chosen models by name. Raises ConfigError for an unknown one."""
 
     def providers_of(model: ModelConfig) -> set[str]:
         return {route.provider for route in model.routes} & {*usable}
@@ -61,7 +61,7 @@ def choose_models(
         ):
             chosen.setdefault(name, model)
             providers |= new
-    # What shares a space shares its vectors, whoever asks for them under which name.
+    # Models of one space share its vectors, whatever their names.
     spaces = {model.space for model in chosen.values()}
     for name, model in settings.models.items():
         if model.space in spaces and providers_of(model):
@@ -70,14 +70,14 @@ def choose_models(
 
 
 def add_fallback_models(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of models, and of those that may stand in for them."""
+    """Return the names of models, and of their fallback models."""
     models = [settings.models[name] for name in names if name in settings.models]
     stand_ins = [fallback.model for model in models for fallback in model.fallback]
     return tuple(dict.fromkeys([*names, *stand_ins]))
 
 
 def _model_by_name(settings: Settings, name: str) -> ModelConfig:
-    """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
+    """Return a model of which only the name is known, as the proxy does. Raises ConfigError."""
     asks = settings.server.unknown_models == "forward"
     model = unlisted_model(name) if asks else None
     if model is None:
@@ -93,36 +93,36 @@ def _unknown_model(settings: Settings, name: str) -> ConfigError:
 
 @dataclass(frozen=True, slots=True)
 class ProviderStatus:
-    """Whether a provider that the configuration names can be used."""
+    """Whether a provider of the configuration can be used."""
 
     state: Literal["usable", "skipped", "disabled"]
     kind: str | None
     why: str = ""
-    """Why it cannot, or is of no use."""
+    """Why it cannot be used, or is not needed."""
 
 
 @dataclass(slots=True)
 class RouteResult:
-    """A route in one space, the models that lead to it, and what came of asking it."""
+    """A route in one space, the models that lead to it, and the result of its call."""
 
     models: list[str]
     space: Space
     provider: str
     upstream_model: str
     route: Route | None
-    """None where the provider cannot be used."""
+    """None if the provider cannot be used."""
     why: str = "not asked"
-    """Why it was not asked, or failed; empty once it answered."""
+    """Why it was not called, or failed; empty after an answer."""
     probe: Probe | None = None
 
     @property
     def ok(self) -> bool | None:
-        """Whether it answered well; None if it was not asked."""
+        """Whether the answer was good; None if it was not called."""
         return None if self.probe is None else self.probe.failure is None
 
     @property
     def width(self) -> int:
-        """How many numbers its vectors have; 0 if it has given none."""
+        """The dimensions of its vectors; 0 if it has returned none."""
         return len(self.probe.vectors[0]) // 4 if self.probe and self.probe.vectors else 0
 
     def __str__(self) -> str:
@@ -131,14 +131,14 @@ class RouteResult:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What there is to try."""
+    """The routes to try."""
 
     statuses: Mapping[str, ProviderStatus]
-    """Of each provider that the configuration names."""
+    """The status of each provider of the configuration."""
     models: Mapping[str, ModelConfig]
     routers: Mapping[str, Router]
     results: list[RouteResult]
-    """The routes of the models, those of one space together, each route once."""
+    """The routes of the models, ordered by space, each route once."""
 
 
 async def find_routes(
@@ -186,11 +186,11 @@ def _route_results(
     statuses: Mapping[str, ProviderStatus],
     learned: LearnedDimensions,
 ) -> list[RouteResult]:
-    """Return the routes of some models, those of one space together, each route once."""
+    """Return the routes of some models, ordered by space, each route once."""
     spaces = {}
     for name, model in models.items():
         space = model.as_space()
-        # A width that the proxy has learned holds from then on.
+        # A width that the proxy has learned applies from then on.
         spaces[name] = replace(space, dimensions=space.dimensions or learned.get(space.name))
     order = list(dict.fromkeys(space.name for space in spaces.values()))
     results: dict[tuple[Space, str, str], RouteResult] = {}
@@ -227,7 +227,7 @@ class Comparison:
 
 
 def compare(results: Sequence[RouteResult]) -> Iterator[Comparison]:
-    """Compare the answers of each space with the first of them; they are one model, or two."""
+    """Compare the answers of each space with the first of them. They are one model, or two."""
     answers_by_space: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
     for result in results:
         if result.probe is not None and result.ok:

@@ -18,27 +18,27 @@ from embedding_proxy.providers.route_check import TEXTS
 from embedding_proxy.proxy.importers.jsonl import is_jsonl, lines, need_fields, objects
 
 MAX_SAMPLES = 2000
-"""Distinct inputs, at most: each is compared with all the others."""
+"""The most distinct inputs: each is compared with all others."""
 # Not prose about the library: tests, vendored copies, and what is not always installed.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "__pycache__"}
-# Of various matters, small, and in every Python.
+# Of various subjects, small, and in every Python.
 _A_FEW = ("bisect", "calendar", "colorsys", "fractions", "heapq", "shlex", "statistics", "textwrap")
 _OF_EACH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Distinct inputs: first the texts among which is searched, then queries that are none."""
+    """Distinct inputs: first the texts to search, then the queries that are no texts."""
 
     inputs: Sequence[str]
     texts: int
-    """How many of the inputs are texts."""
+    """The number of inputs that are texts."""
     wanted: Mapping[int, frozenset[int]]
-    """The right texts of each query, by their places among the inputs."""
+    """The right texts of each query, by the indices of their inputs."""
 
 
 def read(texts: Path | None, pairs: Path | None) -> Samples:
-    """Return the inputs that files hold; without one, some that every machine has.
+    """Return the inputs of files; without one, samples that every machine has.
 
     Lines of `texts` are texts, or in a `….jsonl` objects with a `text`; those of `pairs` are
     objects with a `query` and a `text`. Blank and repeated ones are left out. Raises SourceError.
@@ -106,7 +106,7 @@ def _read_fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Docstring:
-    """What a module, class or function says of itself."""
+    """The docstring of a module, class or function."""
 
     name: str
     text: str

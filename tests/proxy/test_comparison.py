@@ -34,7 +34,7 @@ def _trial(provider="p", space="s", rows=NEAR_A, *, ms=(10,), usd=0.02, **more):
         answers=Counter(vectors.keys()),
         spent=Counter(dict.fromkeys(vectors, round(10_000 * price))),
         tokens=10 * len(rows),
-        told=more.pop("told", False),
+        is_cost_reported=more.pop("told", False),
         **more,
     )
 
