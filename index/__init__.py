@@ -15,7 +15,6 @@ collection_reader reads their points; search finds the nearest points to a vecto
 A migration, in migration/: plan shows its cost, runner decides where vectors come from and begins
 it, text_template says which text a point stands for, copy carries the points, with vectors of
 embedding; verify and cutover bring the new collection into use, and snapshot finds what changed
-meanwhile. state keeps the progress on disk, and dual_writes reads there what goes to both
-collections; points reads, writes and compares points, and qdrant makes collections and switches
-aliases.
+meanwhile. state keeps the progress on disk, and which points go to both collections. points reads,
+writes and compares points, and qdrant makes collections and switches aliases.
 """

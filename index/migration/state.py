@@ -3,12 +3,18 @@
 The file is replaced as a whole and is on disk before a write returns, so that a process that was
 killed at any moment finds the last state it wrote. A second file has a line, a dead letter, for
 each point that could not be carried.
+
+`DualWriteStates` reads from these files which points go to both collections. `migrate run
+--dual-write` enters it there, and a proxy with the same cache directory reads it. Before the
+cutover the proxy writes what it indexes into the old collection to the new one as well, and after
+it the other way round, until `finalize`. Each collection gets vectors of its own model, under the
+same ids (`proxy.service.dual_writes`).
 """
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -206,3 +212,85 @@ def _replace(path: Path, content: bytes) -> None:
         raise MigrationStateError(
             f"{path}: cannot be written: {error.strerror or error}"
         ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class DualWrite:
+    """A collection that gets points, and the partner collection that gets them too."""
+
+    collection: str
+    aliases: frozenset[str]
+    """Further names of the collection."""
+    space: str
+    dimensions: int
+    """The dimensions of its vectors."""
+    vector: str
+    """The name of the vector in both collections; "" for the unnamed one."""
+    origin: str
+    """The old collection of the migration."""
+    is_switched: bool
+    """Whether the collection is the new one."""
+    partner: str
+    partner_space: str
+    partner_dimensions: int
+
+
+class DualWriteStates:
+    """The present dual writes of one Qdrant, from the state files in `folder`."""
+
+    def __init__(self, folder: Path, place: str) -> None:
+        """`place` is the URL of the server, or the folder."""
+        self._folder = folder
+        self._place = place.rstrip("/")
+        self._stamps: object = None
+        self._found: Sequence[DualWrite] = ()
+
+    def read(self) -> Sequence[DualWrite]:
+        """Return the dual writes of all migrations. Unchanged files are not read again.
+
+        A file that cannot be read is ignored.
+        """
+        try:
+            stats = [(file.path, file.path.stat()) for file in states_in(self._folder)]
+        except OSError:
+            return self._found
+        stamps = [(path, stat.st_mtime_ns, stat.st_size, stat.st_ino) for path, stat in stats]
+        if stamps != self._stamps:
+            self._found = tuple(entry for state in self._states() if (entry := dual_write(state)))
+            self._stamps = stamps
+        return self._found
+
+    def _states(self) -> Sequence[State]:
+        states = []
+        for file in states_in(self._folder):
+            try:
+                state = file.load()
+            except MigrationStateError:
+                continue
+            if state is not None and state.place.rstrip("/") == self._place:
+                states.append(state)
+        return states
+
+
+def dual_write(state: State) -> DualWrite | None:
+    """Return the present dual write of a migration; None if there is none."""
+    if not state.dual_write or state.old_space is None:
+        return None
+    old = (state.source, state.old_space, state.old_dimensions)
+    new = (state.target, state.space, state.dimensions)
+    if state.phase in (Phase.COPYING, Phase.COPIED, Phase.ROLLED_BACK):
+        (collection, space, dimensions), partner = old, new
+    elif state.phase in (Phase.SWITCHING, Phase.SWITCHED):
+        (collection, space, dimensions), partner = new, old
+    else:
+        return None
+    return DualWrite(
+        collection,
+        frozenset({*state.aliases, *state.names}),
+        space,
+        dimensions,
+        state.vector,
+        state.source,
+        collection == state.target,
+        *partner,
+    )

@@ -1,6 +1,6 @@
 """Dual writes: what is indexed into a collection that is being migrated goes to its partner, too.
 
-See `index.migration.dual_writes` for when that is. The inputs of an answer are embedded again with
+See `index.migration.state` for when that is. The inputs of an answer are embedded again with
 the model of the partner, through the cache and on the account of migrations, and indexed there
 under the same ids. It happens behind the reply. Before the cutover nothing is lost where it fails:
 the migration compares both collections.
@@ -15,8 +15,7 @@ from uuid import UUID
 
 from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.index.collection import CollectionNames
-from embedding_proxy.index.migration.dual_writes import DualWrite, DualWriteStates
-from embedding_proxy.index.migration.state import FOLDER
+from embedding_proxy.index.migration.state import FOLDER, DualWrite, DualWriteStates
 from embedding_proxy.index.point import PointId
 from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.errors import EmbeddingError

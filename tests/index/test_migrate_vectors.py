@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 from embedding_proxy.index.migration import points
-from embedding_proxy.index.migration.dual_writes import DualWriteStates
 from embedding_proxy.index.migration.points import VectorType, vector_digest
-from embedding_proxy.index.migration.state import MigrationState, Phase, State
+from embedding_proxy.index.migration.state import DualWriteStates, MigrationState, Phase, State
 from hypothesis import given
 from hypothesis import strategies as st
 from qdrant_client import models
