@@ -13,7 +13,6 @@ from embedding_proxy.providers.upstream.hops import HEADER as HOP_HEADER
 from embedding_proxy.proxy import request_fields
 from pydantic import Field, field_validator, model_validator
 
-from . import addresses
 from .errors import Problem, is_plain_name, refuse, suggestion
 from .fields import (
     BaseUrl,
@@ -24,6 +23,7 @@ from .fields import (
     Section,
     VariableName,
     Whole,
+    base_url,
 )
 
 MAX_RETRIES = 100
@@ -160,7 +160,7 @@ class ProviderConfig(Section):
             )
         elif self.base_url is None and self.kind not in registry.KINDS:
             try:
-                addresses.base_url(profile.base_url or "")
+                base_url(profile.base_url or "")
             except ValueError as error:
                 yield Problem(
                     ("kind",), f"its base_url: {error}; give this provider one of its own"

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from embedding_proxy.proxy.config.addresses import base_url
+from embedding_proxy.proxy.config.fields import base_url
 from embedding_proxy.proxy.config.loader import ConfigError, load
 from hypothesis import given
 from hypothesis import strategies as st
