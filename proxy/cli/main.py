@@ -9,9 +9,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,14 +19,10 @@ from .imports import EXIT_CODE, importing
 from .output import ConfigOption, discard_unwritten, fail, handle_failures
 
 if TYPE_CHECKING:
-    import asyncio
     import socket
-    from collections.abc import Coroutine
 
     from embedding_proxy.proxy.config.schema import Settings
     from embedding_proxy.proxy.http import control
-
-T = TypeVar("T")
 
 app = group(
     "A caching proxy for OpenAI's embeddings API: no text is bought twice.",
@@ -153,7 +148,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
                     channel=channel,
                     metrics_socket=metrics_socket,
                 )
-                return _run(served)
+                return process.run_event_loop(served)
 
         if settings.server.workers == 1:
             told = work(settings, announce)
@@ -175,21 +170,6 @@ def demo() -> None:
         run()
     except DemoFailed as error:
         fail(f"demo: {error}", 1)
-
-
-def _run(main: "Coroutine[Any, Any, T]") -> T:
-    import asyncio  # noqa: PLC0415
-
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(main)
-
-
-def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
-    try:
-        from uvloop import new_event_loop  # noqa: PLC0415 - not there on Windows
-    except ImportError:
-        return None
-    return new_event_loop
 
 
 def main() -> None:

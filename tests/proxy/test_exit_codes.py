@@ -99,7 +99,7 @@ ENDS = [
     ("migrate finalize docs --yes --yes {qdrant}", 1),
     ("migrate finalize docs {qdrant}", 2),
 ]
-ELSEWHERE = {"demo", "reload"}
+ELSEWHERE = {"demo", "reload", "run"}
 """Whose tests say with which code it ends."""
 
 
