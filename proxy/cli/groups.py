@@ -158,12 +158,22 @@ index_app = group(
 )
 
 config_app = group(
-    "Show the configuration; convert an older one.",
+    "Begin a configuration, show what applies, print its schema; convert an older one.",
     {
+        "init": Place(
+            "config",
+            "Write a short configuration to begin with; commands in that folder use it.",
+            "init",
+        ),
         "show": Place(
             "config",
             "Show every key with its value, and which key variables are set.",
             "show_config",
+        ),
+        "schema": Place(
+            "config",
+            "Print a JSON schema of the configuration, with which editors complete and check it.",
+            "print_schema",
         ),
         "convert": Place(
             "config",

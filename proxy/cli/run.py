@@ -11,24 +11,29 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 from typing import Annotated, Self
 
 import typer
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.providers.charge import NANO
 from embedding_proxy.proxy import log
-from embedding_proxy.proxy.config.loader import Configuration, read_configuration
+from embedding_proxy.proxy.config.errors import KeyPath
+from embedding_proxy.proxy.config.loader import read_configuration
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import process
 
 from . import startup_log
 from .formatting import count, money, savings, share
-from .output import ConfigOption, fail, printable, say
+from .output import ConfigOption, SetOption, fail, parse_settings, printable, say
 
-OWN_SERVER = {"host": "127.0.0.1", "port": 0, "workers": 1, "tls": None, "metrics_listen": None}
+OWN_SERVER: Mapping[KeyPath, object] = {
+    ("server", "host"): "127.0.0.1",
+    ("server", "port"): 0,
+    ("server", "workers"): 1,
+    ("server", "tls"): None,
+    ("server", "metrics_listen"): None,
+}
 """What replaces `server` of the configuration: the proxy is the command's own."""
 URL_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 """Where clients look for the address: OpenAI's libraries, and older ones."""
@@ -61,10 +66,15 @@ def run(
             "--frozen", help="Buy nothing: what is not cached is an error. Needs no provider key."
         ),
     ] = False,
+    replaced: SetOption = None,
 ) -> None:
     """Run a command with OPENAI_BASE_URL set to a proxy of its own, and tell what was saved."""
     startup_log.check_open_files()
-    configuration = _own_configuration(config_file, is_frozen=frozen)
+    overrides = parse_settings(replaced)
+    overrides.update(OWN_SERVER)
+    if frozen:
+        overrides["cache", "mode"] = "frozen"
+    configuration = read_configuration(config_file, overrides=overrides, purpose="serve")
     startup_log.check_environment(configuration)
     settings = configuration.settings
     log.configure("warning", settings.log.format)
@@ -79,16 +89,6 @@ def run(
     usage = reduce(Usage.plus, instance.service.counted.values(), Usage())
     say(summary(usage, is_frozen=frozen))
     sys.exit(code)
-
-
-def _own_configuration(file: Path | None, *, is_frozen: bool) -> Configuration:
-    """Return a configuration with a server of the command's own. Raises ConfigError."""
-    configuration = read_configuration(file, overrides=OWN_SERVER, purpose="serve")
-    if not is_frozen:
-        return configuration
-    settings = configuration.settings
-    cache = settings.cache.model_copy(update={"mode": "frozen"})
-    return replace(configuration, settings=settings.model_copy(update={"cache": cache}))
 
 
 def command_environment(
