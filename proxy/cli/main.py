@@ -37,7 +37,7 @@ app = group(
     # A flag without a value is converted by typer, which imports pydantic for it.
     context_settings={
         "default_map": {"help": False},
-        "help_option_names": ["-h", "--help"],
+        "help_option_names": ["--help", "-h"],
     },
     pretty_exceptions_enable=False,
 )
