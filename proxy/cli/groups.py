@@ -204,6 +204,11 @@ OTHERS = {
         "run",
         {"allow_interspersed_args": False},
     ),
+    "warm": Place(
+        "warm",
+        "Embed the texts of files ahead of time, after showing what that costs.",
+        "warm",
+    ),
     "check": Place(
         "check",
         "Test the cache, Qdrant and every provider with a real embedding; compare the routes.",

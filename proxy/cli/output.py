@@ -250,13 +250,16 @@ def print_json(value: object) -> None:
 
 
 @contextmanager
-def progress(what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+def progress(
+    what: str, total: float | None = None, note: Callable[[], str] = str
+) -> Iterator[Callable[[float], None]]:
     """Show how far long work is: a bar on a terminal, plain lines elsewhere; both on stderr.
 
-    Gives a function that is told how much is done so far, of `total`.
+    Gives a function that is told how much is done so far, of `total`. `note` gives what else is
+    shown with it.
     """
     if not sys.stderr.isatty():
-        yield _lines(what, total)
+        yield _lines(what, total, note)
         return
     from rich.console import Console  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
@@ -264,10 +267,14 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(what, total=total)
-        yield lambda done: bars.update(task, completed=done)
+
+        def tell(done: float) -> None:
+            bars.update(task, completed=done, description=f"{what} {note()}".rstrip())
+
+        yield tell
 
 
-def _lines(what: str, total: float | None) -> Callable[[float], None]:
+def _lines(what: str, total: float | None, note: Callable[[], str]) -> Callable[[float], None]:
     due = time.monotonic() + LINE_SECONDS
 
     def tell(done: float) -> None:
@@ -275,7 +282,7 @@ def _lines(what: str, total: float | None) -> Callable[[float], None]:
         if time.monotonic() >= due:
             due = time.monotonic() + LINE_SECONDS
             far = f"{done:,.0f}" if not total else f"{min(done / total, 1):.0%}"
-            typer.echo(f"{what}: {far}", err=True)
+            typer.echo(f"{what}: {far} {note()}".rstrip(), err=True)
 
     return tell
 

@@ -104,7 +104,7 @@ ENDS = [
     ("migrate finalize docs {qdrant}", 2),
 ]
 WITHOUT_CONFIGURATION = [["config", name] for name in ("convert", "init", "schema")]
-ELSEWHERE = {"demo", "reload", "run"}
+ELSEWHERE = {"demo", "reload", "run", "warm"}
 """Whose tests say with which code it ends."""
 
 
