@@ -1,4 +1,4 @@
-"""TextFiles without vectors, read one by one: of files, folders and a query. Nothing is held in memory.
+"""Texts without vectors, read one by one: of files, folders and a query. Nothing is held in memory.
 
 A source can be read again and again, each time from the start. A text is taken as it stands, but
 for the end of its line: it has to be, byte for byte, what an application asks for later.
