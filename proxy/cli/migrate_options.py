@@ -185,7 +185,12 @@ class Target:
     """The target model of a migration, behind our own cache and routes."""
 
     def __init__(
-        self, service: EmbeddingService, model: NamedModel, dimensions: int, namespace: str = ""
+        self,
+        service: EmbeddingService,
+        model: NamedModel,
+        dimensions: int,
+        namespace: str = "",
+        client: str = CLIENT,
     ) -> None:
         self.name = model.name
         self.asked = model.asked
@@ -194,6 +199,7 @@ class Target:
         self.shield = ShieldedTask()
         self._service = service
         self._namespace = namespace
+        self._client = client
 
     @property
     def unusable_reason(self) -> str | None:
@@ -222,7 +228,7 @@ class Target:
             self.name,
             dimensions=None if self.dimensions == self.space.dimensions else self.dimensions,
             namespace=self._namespace,
-            client=CLIENT,
+            client=self._client,
             cache_control="no-cache" if anew else "",
         )
         result = await self.shield(buying)

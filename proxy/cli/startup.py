@@ -2,8 +2,8 @@
 
 Checked are open files, the providers' and clients' keys, proxies, certificates, and that no
 provider's address is the proxy's own (a loop over other machines or names is found by the requests
-in it: `proxy.http.loop_guard`). The log names the version, the cache, and the providers that are
-ready.
+in it: `proxy.http.loop_guard`). The log names the version, the configuration, the cache, and the
+providers that are ready.
 """
 
 import ipaddress
@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from importlib import metadata
+from pathlib import Path
 
 from embedding_proxy.cache.maintenance.stats import read_size
 from embedding_proxy.providers import descriptors, local, registry
@@ -89,9 +90,10 @@ def _check_keys(configuration: Configuration) -> None:
         raise ConfigError(configuration.problem(("server", "keys_file"), message))
 
 
-def report(settings: Settings, url: str) -> None:
-    """Log it, when the proxy answers requests at a base URL."""
+def report(settings: Settings, url: str, file: Path | None = None) -> None:
+    """Log it, when the proxy answers requests at a base URL. `file` is that of the settings."""
     log.info("embedding-proxy %s", metadata.version("embedding-proxy"))
+    log.info("configuration: %s", "built in" if file is None else path_text(file.absolute()))
     log.info("%s", _cache_line(settings))
     root = url.removesuffix("/v1")
     log.info("status: %s/status, metrics: %s/metrics", root, root)
