@@ -48,6 +48,12 @@ NOUNS = {
     "tracing",
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
+VAGUE_NAMES = frozenset(
+    ["asked", "found", "gone", "heard", "kept", "known", "one", "said", "some", "there", "told"]
+)
+"""Names that do not say what a variable holds."""
+NAMED_FOLDERS = ("index/", "proxy/cli/", "proxy/config/", "proxy/diagnostics/", "proxy/importers/")
+"""Folders without them."""
 TERMS = {"blocking", "in_flight"}
 """The field's own terms: blocking calls, requests in flight."""
 
@@ -295,6 +301,21 @@ def _top_level(name: str) -> set[str]:
 def test_no_retired_name_comes_back():
     """Modules, classes and functions have the names of the glossary."""
     assert {name: names for name in NAMES if (names := _top_level(name) & RETIRED)} == {}
+
+
+def _local_names(name: str) -> set[str]:
+    """Return the names of a file's variables and parameters."""
+    nodes = [*ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))]
+    names = {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    return names | {node.arg for node in nodes if isinstance(node, ast.arg)}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(NAMED_FOLDERS)])
+def test_variables_say_what_they_hold(name):
+    """A variable is named by a noun: `records`, and not `found`."""
+    assert _local_names(name) & VAGUE_NAMES == set()
 
 
 def is_odd(stem: str) -> bool:

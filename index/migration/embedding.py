@@ -50,7 +50,7 @@ class Model(Protocol):
     """The target model of a migration, behind our own cache and routes."""
 
     name: str
-    asked: str
+    requested_name: str
     """The name that the user gave, which may name a provider."""
     space: Space
     dimensions: int

@@ -290,7 +290,7 @@ def state_for(
         source=old.name,
         target=target_of(old, request, model),
         vector=old.vector,
-        model=model.asked,
+        model=model.requested_name,
         space=model.space.label,
         dimensions=model.dimensions,
         rule=rule.source,

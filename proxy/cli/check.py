@@ -144,9 +144,9 @@ def _found_dict(checkup: Checkup) -> dict[str, Any]:
         "routes": [_route_dict(result) for result in checkup.results],
         "pairs": [
             {
-                "space": pair.one.space.name,
-                "one": str(pair.one),
-                "other": str(pair.other),
+                "space": pair.first.space.name,
+                "one": str(pair.first),
+                "other": str(pair.second),
                 "cosine": round(pair.cosine, 9),
                 "ok": pair.ok,
             }
@@ -186,9 +186,9 @@ def _found_lines(checkup: Checkup) -> Iterator[str]:
         for _ in here:
             yield f"  {next(rows)}"
         for pair in checkup.comparisons:
-            if pair.one.space.name == space:
+            if pair.first.space.name == space:
                 verdict = "agree" if pair.ok else "DISAGREE"
-                yield f"  {pair.one} and {pair.other} {verdict}: cosine {pair.cosine:.6f}"
+                yield f"  {pair.first} and {pair.second} {verdict}: cosine {pair.cosine:.6f}"
 
 
 def _cells(result: RouteResult) -> tuple[str, ...]:

@@ -302,8 +302,8 @@ def _route(report: ComparisonReport, row: ComparisonRow) -> dict[str, Any]:
 def _pair(pair: Likeness) -> dict[str, Any]:
     min_cosine, mean = pair.cosine or (None, None)
     return {
-        "one": pair.one.name,
-        "other": pair.other.name,
+        "one": pair.first.name,
+        "other": pair.second.name,
         "same_space": pair.same_space,
         "least_cosine": min_cosine,
         "mean_cosine": mean,
@@ -373,13 +373,13 @@ def _failures(report: ComparisonReport) -> Iterator[str]:
 
 def _agreement(report: ComparisonReport) -> Iterator[str]:
     for pair in report.pairs:
-        names = f"{pair.one.name} and {pair.other.name}"
+        names = f"{pair.first.name} and {pair.second.name}"
         if pair.cosine is not None:
             verdict = "agree" if pair.agree else "DISAGREE"
             min_cosine, mean = pair.cosine
             yield f"{names} {verdict}: cosine {min_cosine:.6f} at least, {mean:.6f} on average"
         elif pair.same_space:
-            widths = f"{pair.one.trial.width} and {pair.other.trial.width}"
+            widths = f"{pair.first.trial.width} and {pair.second.trial.width}"
             yield f"{names} DISAGREE: widths {widths} in one space"
         elif pair.overlap is not None:
             yield (
@@ -399,7 +399,8 @@ def _advice(report: ComparisonReport) -> Iterator[str]:
         yield f"finds most: {report.best_recall.name}"
     for pair in report.pairs:
         if pair.agree:
-            yield f"{pair.one.name} agrees with {pair.other.name}: either stands in for the other"
+            names = f"{pair.first.name} agrees with {pair.second.name}"
+            yield f"{names}: either stands in for the other"
     for row in report.rows:
         beaten = report.beaten_by(row)
         if beaten:

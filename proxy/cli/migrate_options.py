@@ -115,7 +115,7 @@ PassesOption = Annotated[
 class NamedModel:
     """A model as the command line names it."""
 
-    asked: str
+    requested_name: str
     """The name that the user gave."""
     name: str
     entry: ModelConfig
@@ -193,7 +193,7 @@ class Target:
         client: str = CLIENT,
     ) -> None:
         self.name = model.name
-        self.asked = model.asked
+        self.requested_name = model.requested_name
         self.space = model.space
         self.dimensions = dimensions
         self.shield = ShieldedTask()

@@ -82,7 +82,9 @@ def _wait(worker: int, life: int) -> tuple[int, int | None]:
             return
         stop_signal = number
         os.close(life)
-        typer.echo("keeping what has been asked for; once more to lose it", err=True)
+        typer.echo(
+            "saving the replies of calls in progress; interrupt again to lose them", err=True
+        )
 
     for number in _TO_STOP:
         signal.signal(number, stop)

@@ -34,17 +34,17 @@ OWN_SERVER: Mapping[KeyPath, object] = {
     ("server", "tls"): None,
     ("server", "metrics_listen"): None,
 }
-"""What replaces `server` of the configuration: the proxy is the command's own."""
+"""Replacements in the section `server`: the proxy serves only the command."""
 URL_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
-"""Where clients look for the address: OpenAI's libraries, and older ones."""
+"""The variables that clients read the address from: OpenAI's libraries, and older ones."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 PLACEHOLDER_KEY = "embedding-proxy"
-"""In place of a key that is not set: OpenAI's libraries do not start without one."""
+"""The placeholder for a key that is not set: OpenAI's libraries do not start without one."""
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
-"""The exit codes with which shells tell of a command that cannot be run."""
+"""The exit codes of shells for a command that cannot be run."""
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGQUIT)
-"""A terminal sends these to the command, too, which is in the same process group."""
+"""A terminal also sends these to the command, which is in the same process group."""
 
 
 class CommandUnusable(Exception):
@@ -85,7 +85,7 @@ def run(
             code = process.run_event_loop(_run_beside(instance, command, environment))
         except CommandUnusable as error:
             fail(f"run: {error}", error.code)
-    # What was still being bought when the command ended is counted by now.
+    # Purchases that were in progress when the command ended are counted now.
     usage = reduce(Usage.plus, instance.service.counted.values(), Usage())
     say(summary(usage, is_frozen=frozen))
     sys.exit(code)
@@ -94,10 +94,10 @@ def run(
 def command_environment(
     url: str, settings: Settings, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the environment of the command: `environment`, with the proxy at `url` in it.
+    """Return the environment of the command: `environment` with the address of the proxy.
 
-    A key that is set stays: the proxy may pass it on. Without one, it is the first key of
-    `server.keys`, which the proxy takes, or a placeholder.
+    A key that is set stays, because the proxy may forward it. Without one, it is the first key of
+    `server.keys`, which the proxy accepts, or a placeholder.
     """
     keys = settings.server.keys
     key = keys[0].key if keys else PLACEHOLDER_KEY
@@ -108,7 +108,7 @@ def command_environment(
 async def _run_beside(
     instance: process.Instance, command: Sequence[str], environment: Mapping[str, str]
 ) -> int:
-    """Run a command while the proxy serves, and return its exit code as a shell tells it.
+    """Run a command while the proxy serves, and return its exit code as a shell does.
 
     Raises CommandUnusable, StoreError.
     """
@@ -126,18 +126,18 @@ async def _run_beside(
 
 
 class _SignalForwarder:
-    """Sends the signals that come to this process on to the command: it decides what they mean."""
+    """Forwards the signals of this process to the command, which decides what they mean."""
 
     def __init__(self) -> None:
         self._child: asyncio.subprocess.Process | None = None
         self._early: list[signal.Signals] = []
-        """Those that came before the command was started."""
+        """The signals that came before the command was started."""
         is_foreground = _is_in_foreground()
         self._numbers = {
             number: not (is_foreground and number in TERMINAL_SIGNALS)
             for number in (*FORWARDED_SIGNALS, *TERMINAL_SIGNALS)
         }
-        """Whether each is sent on. One from a terminal has come to the command already."""
+        """Whether signals are forwarded. The command has already got those of a terminal."""
 
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()
@@ -164,7 +164,7 @@ class _SignalForwarder:
 
 
 def _ignore(_: signal.Signals) -> None:
-    """Leave a signal to the command, which the terminal has sent it to."""
+    """Ignore a signal that the terminal has also sent to the command."""
 
 
 def _is_in_foreground() -> bool:

@@ -47,29 +47,29 @@ from .output import (
 )
 
 CLIENT = "warm"
-"""Whose account in the ledger it is."""
+"""The client in the ledger for the purchases."""
 BATCH = 1024
-"""TextFiles that are looked up, and bought, at a time."""
+"""Texts that are looked up and bought at a time."""
 BESIDE = 4
-"""Batches that are bought at a time."""
+"""Batches that are bought at the same time."""
 _MAX_SHOWN = 5
 _STREAM = "-"
 
 
 @dataclass(slots=True)
 class Preview:
-    """What there is to do, before anything is bought."""
+    """The work of a run, before anything is bought."""
 
     inputs: int = 0
     distinct: int = 0
     cached: int = 0
-    """Of the distinct ones."""
+    """Tokens of the distinct texts."""
     to_buy: int = 0
     tokens: int = 0
-    """Of those to buy."""
+    """Tokens of the texts to buy."""
     dollars: float = 0.0
     seconds: float = 0.0
-    """An estimate, within the limits of the provider that is asked first."""
+    """An estimate, within the limits of the first provider."""
     refused: int = 0
     first_refused: list[RejectedPair] = field(default_factory=list)
 
@@ -81,7 +81,7 @@ class Preview:
 
 
 class Warmer:
-    """TextFiles, and the model that they are embedded with."""
+    """Embeds the texts of files with a model."""
 
     def __init__(self, texts: TextFiles, target: Target, price: float) -> None:
         """`price` is in US dollars for a million tokens."""
@@ -90,75 +90,75 @@ class Warmer:
         self._price = price
 
     async def preview(self) -> Preview:
-        """Return what there is to do; nothing is bought. Raises SourceError, EmbeddingError."""
-        found = Preview()
+        """Return the preview; nothing is bought. Raises SourceError, EmbeddingError."""
+        preview = Preview()
         with progress("reading") as tell:
-            async for texts in self._missing(found):
-                found.to_buy += len(texts)
-                found.tokens += sum(look.tokens for _, look in texts)
-                tell(found.inputs)
-        found.dollars = found.tokens * self._price / 1e6
-        found.seconds = _seconds(found, self._target.limits)
-        return found
+            async for texts in self._missing(preview):
+                preview.to_buy += len(texts)
+                preview.tokens += sum(look.tokens for _, look in texts)
+                tell(preview.inputs)
+        preview.dollars = preview.tokens * self._price / 1e6
+        preview.seconds = _seconds(preview, self._target.limits)
+        return preview
 
     async def buy(self, planned: Preview, spending: "Spending") -> Preview:
-        """Buy what is missing; return what was found this time. Raises as `preview` does."""
-        found = Preview()
+        """Buy the missing texts; return a new preview of all texts. Raises as `preview` does."""
+        preview = Preview()
         embedder = RetryingEmbedder(self._target)
         places = asyncio.Semaphore(BESIDE)
-        done = 0
+        count = 0
         with progress("embedding", planned.to_buy, spending.note) as tell:
 
             async def embed(batch: list[tuple[str, CostPreview]]) -> None:
-                nonlocal done
+                nonlocal count
                 for answer in await embedder.embed([text for text, _ in batch]):
                     if isinstance(answer, Rejection):
-                        found.refuse(RejectedPair("a text", answer.why))
+                        preview.refuse(RejectedPair("a text", answer.why))
                 places.release()
-                done += len(batch)
-                tell(done)
+                count += len(batch)
+                tell(count)
 
             try:
                 async with asyncio.TaskGroup() as group:
-                    async for batch in self._missing(found):
-                        found.to_buy += len(batch)
+                    async for batch in self._missing(preview):
+                        preview.to_buy += len(batch)
                         await places.acquire()
                         group.create_task(embed(batch))
             except* EmbeddingError as failures:
                 raise failures.exceptions[0] from None
-        return found
+        return preview
 
-    async def _missing(self, found: Preview) -> AsyncIterator[list[tuple[str, CostPreview]]]:
-        """Yield the texts that are not cached, each once, in batches; count all into `found`."""
-        seen: set[bytes] = set()
+    async def _missing(self, preview: Preview) -> AsyncIterator[list[tuple[str, CostPreview]]]:
+        """Yield the texts that are not cached, each once, in batches; count all in `preview`."""
+        keys: set[bytes] = set()
         texts = iter(self._texts)
         while batch := await asyncio.to_thread(_batch, texts):
-            found.inputs += len(batch)
+            preview.inputs += len(batch)
             usable = []
             for text in batch:
                 if isinstance(text, RejectedPair):
-                    found.refuse(text)
+                    preview.refuse(text)
                 else:
                     usable.append(text)
             missing = []
-            for text, look in await self._look(usable, found):
-                if look.key not in seen:
-                    seen.add(look.key)
-                    found.cached += look.cached
+            for text, look in await self._look(usable, preview):
+                if look.key not in keys:
+                    keys.add(look.key)
+                    preview.cached += look.cached
                     if not look.cached:
                         missing.append((text, look))
-            found.distinct = len(seen)
+            preview.distinct = len(keys)
             yield missing
 
-    async def _look(self, texts: list[str], found: Preview) -> list[tuple[str, CostPreview]]:
-        """Return what is known of each text; one that no request may hold is refused."""
+    async def _look(self, texts: list[str], preview: Preview) -> list[tuple[str, CostPreview]]:
+        """Return the preview of each text; a text that no request can hold is refused."""
         while texts:
             try:
                 return list(zip(texts, await self._target.look(texts), strict=True))
             except InvalidRequest as error:
                 if error.index is None:
                     raise
-                found.refuse(RejectedPair("a text", str(error)))
+                preview.refuse(RejectedPair("a text", str(error)))
                 texts = [*texts[: error.index], *texts[error.index + 1 :]]
         return []
 
@@ -167,23 +167,23 @@ def _batch(texts: Iterator[Text]) -> list[Text]:
     return list(islice(texts, BATCH))
 
 
-def _seconds(found: Preview, limits: Limits) -> float:
-    """Return about how long buying takes, where the provider is asked as much as its limits allow.
+def _seconds(preview: Preview, limits: Limits) -> float:
+    """Return the approximate time of the purchases within the provider's limits.
 
-    A call is taken to need CALL_S: nothing is bought to find out.
+    A call is assumed to need CALL_S: nothing is bought to measure it.
     """
-    calls = math.ceil(found.to_buy / min(BATCH, limits.inputs))
+    calls = math.ceil(preview.to_buy / min(BATCH, limits.inputs))
     if limits.tokens:
-        calls = max(calls, math.ceil(found.tokens / limits.tokens))
+        calls = max(calls, math.ceil(preview.tokens / limits.tokens))
     minutes = max(
         calls / (limits.requests_per_minute or math.inf),
-        found.tokens / (limits.tokens_per_minute or math.inf),
+        preview.tokens / (limits.tokens_per_minute or math.inf),
     )
     return max(math.ceil(calls / limits.concurrency) * CALL_S, 60 * minutes)
 
 
 class Spending:
-    """What a service has bought for this command so far."""
+    """The purchases of a service for this command."""
 
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service
@@ -197,7 +197,7 @@ class Spending:
         )
 
     def note(self) -> str:
-        """Return what was spent, for the progress."""
+        """Return the money spent, for the progress line."""
         return f"({money(self.usage.nanodollars_billed / NANO)} spent)"
 
 
@@ -238,17 +238,17 @@ def warm(  # noqa: PLR0913 - its options
     if not dry_run:
         need_terminal("warm", "--yes", is_sure=yes)
     settings = loader.load(config_file, overrides=parse_settings(replaced))
-    named = find_model(settings, model, "--model")
+    named_model = find_model(settings, model, "--model")
     tell_store(settings)
     with _spooled(places) as paths:
         try:
             texts = TextFiles(paths, split=split, field=text_field, glob=glob, query=query)
         except SourceError as error:
             raise WorkFailed(str(error)) from error
-        service = EmbeddingService(settings_for(settings, named))
-        target = Target(service, named, width_of(named, None), namespace, CLIENT)
-        warmer = Warmer(texts, target, named.entry.price)
-        report = Report(as_json=as_json, is_exact=named.space.tokenizer is not None)
+        service = EmbeddingService(settings_for(settings, named_model))
+        target = Target(service, named_model, width_of(named_model, None), namespace, CLIENT)
+        warmer = Warmer(texts, target, named_model.entry.price)
+        report = Report(as_json=as_json, is_exact=named_model.space.tokenizer is not None)
         try:
             asyncio.run(_warm(service, target, warmer, report, dry_run=dry_run, yes=yes))
         except SourceError as error:
@@ -259,7 +259,7 @@ def warm(  # noqa: PLR0913 - its options
 
 @contextmanager
 def _spooled(places: Sequence[str]) -> Iterator[list[Path]]:
-    """Give the paths of all places; standard input, which is read twice, is kept in a file."""
+    """Give the paths of all sources. Standard input is read twice, so it is saved in a file."""
     if _STREAM not in places:
         yield [Path(place) for place in places]
         return
@@ -290,15 +290,15 @@ async def _warm(  # noqa: PLR0913 - what a run is made of
             confirm("Buy them?")
         spending = Spending(service)
         try:
-            found = await warmer.buy(planned, spending)
+            preview = await warmer.buy(planned, spending)
         finally:
-            # What was asked for is paid for: it is kept, also after Ctrl-C.
+            # Requested vectors are paid for, so they are kept, also after Ctrl-C.
             await target.finish()
-        report.end(found, spending.usage)
+        report.end(preview, spending.usage)
 
 
 class Report:
-    """Tells what there is to do and what was done, as lines or as JSON."""
+    """Prints the preview and the result, as lines or as JSON."""
 
     def __init__(self, *, as_json: bool, is_exact: bool) -> None:
         """`is_exact` says whether tokens are counted by the model's own tokenizer."""
@@ -307,24 +307,24 @@ class Report:
         self._planned = Preview()
         self.has_refused = False
 
-    def plan(self, found: Preview) -> None:
-        """Tell what there is to do."""
-        self._planned = found
+    def plan(self, preview: Preview) -> None:
+        """Print the preview."""
+        self._planned = preview
         if self._as_json:
             return
         typer.echo(
-            f"{count(found.inputs, 'input')}: {found.distinct:,} distinct, {found.cached:,} cached,"
-            f" {found.to_buy:,} to buy"
+            f"{count(preview.inputs, 'input')}: {preview.distinct:,} distinct, {preview.cached:,}"
+            f" cached, {preview.to_buy:,} to buy"
         )
-        if found.to_buy:
+        if preview.to_buy:
             typer.echo(
-                f"{self._about}{count(found.tokens, 'token')} to buy for"
-                f" {self._about}{money(found.dollars)}, in about {age(found.seconds)}"
+                f"{self._about}{count(preview.tokens, 'token')} to buy for"
+                f" {self._about}{money(preview.dollars)}, in about {age(preview.seconds)}"
             )
 
-    def end(self, found: Preview, usage: Usage) -> None:
-        """Tell what was done."""
-        self.has_refused = bool(found.refused)
+    def end(self, preview: Preview, usage: Usage) -> None:
+        """Print the result."""
+        self.has_refused = bool(preview.refused)
         billed = usage.nanodollars_billed / NANO
         if self._as_json:
             planned = self._planned
@@ -340,9 +340,9 @@ class Report:
                     "bought": usage.misses,
                     "tokens_billed": usage.tokens_billed,
                     "usd_billed": billed,
-                    "refused": found.refused,
+                    "refused": preview.refused,
                     "first_refused": [
-                        {"where": r.where, "why": r.why} for r in found.first_refused
+                        {"where": r.where, "why": r.why} for r in preview.first_refused
                     ],
                 }
             )
@@ -351,7 +351,7 @@ class Report:
                 f"{count(usage.misses, 'text')} bought for {money(billed)}"
                 f" ({count(usage.tokens_billed, 'token')})"
             )
-        for refused in () if self._as_json else found.first_refused:
+        for refused in () if self._as_json else preview.first_refused:
             typer.echo(printable(f"  refused: {refused.where}: {refused.why}"), err=True)
-        if found.refused and not self._as_json:
-            typer.echo(f"  {found.refused:,} refused in all", err=True)
+        if preview.refused and not self._as_json:
+            typer.echo(f"  {preview.refused:,} refused in all", err=True)

@@ -22,7 +22,7 @@ _PLACES = {
     ("providers", "openai", "limits"): "LimitsConfig",
     ("models", "text-embedding-3-small"): "ModelConfig",
 }
-"""Where the built-in file shows the keys of a definition."""
+"""The section of the built-in file that shows the keys of a definition."""
 _REFERENCE = {"type": "string", "pattern": r"\$\{"}
 """`${NAME}` may stand for any value."""
 _SHORT_FORMS: dict[str, dict[str, Any]] = {
@@ -30,9 +30,9 @@ _SHORT_FORMS: dict[str, dict[str, Any]] = {
     "RouteConfig": {"type": "string"},
     "Fallback": {"type": "string"},
 }
-"""What may stand in place of a definition's keys."""
+"""Other values that are accepted instead of a definition's keys."""
 _PARTIAL = ("ProviderConfig", "ModelConfig")
-"""What the kind, or the catalog, completes: no key of these is required."""
+"""Definitions that the kind or the catalog completes: none of their keys is required."""
 _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 """Words of pydantic, which leaves them as they are behind a validator, and those of JSON Schema."""
 _CONSTRAINTS = {"enum", "const", "pattern", "minLength"}
@@ -73,7 +73,7 @@ def build() -> dict[str, Any]:
 
 
 def _comments(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the keys of the built-in file, as paths, each with what its comment says of it."""
+    """Yield the paths of the built-in file's keys, each with its comment."""
     path: list[tuple[int, str]] = []
     words: list[str] = []
     """Of the comment so far, which may go on in the lines below its key."""
@@ -101,7 +101,7 @@ def _comments(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _relax(schema: Any) -> Any:  # noqa: ANN401 - JSON
-    """Return a schema that takes `${NAME}` in place of each value, and one value for a list."""
+    """Return a schema that accepts `${NAME}` for each value, and one value for a list."""
     if isinstance(schema, list):
         return [_relax(each) for each in schema]
     if not isinstance(schema, dict):
@@ -115,8 +115,8 @@ def _relax(schema: Any) -> Any:  # noqa: ANN401 - JSON
     is_text = kind == "string" and not _CONSTRAINTS & schema.keys()
     if not isinstance(kind, str) or kind in ("object", "null") or is_text:
         return relaxed
-    kept = {key: relaxed.pop(key) for key in ("default", "description") if key in relaxed}
+    annotations = {key: relaxed.pop(key) for key in ("default", "description") if key in relaxed}
     others = [_REFERENCE]
     if kind == "array" and isinstance(schema.get("items"), dict):
         others.append(relaxed["items"])
-    return {**kept, "anyOf": [relaxed, *others]}
+    return {**annotations, "anyOf": [relaxed, *others]}

@@ -134,9 +134,10 @@ def _problems(
     for pair in checkup.comparisons:
         if not pair.ok:
             yield (
-                f"{pair.one.space.name}: {pair.one} and {pair.other} are refused as one space: the"
-                f" least cosine of their vectors is {pair.cosine:.6f}, below {SAME}. They are two"
-                " spaces: remove one of the routes, or give it a model with a space of its own"
+                f"{pair.first.space.name}: {pair.first} and {pair.second} are refused as one"
+                f" space: the least cosine of their vectors is {pair.cosine:.6f}, below {SAME}."
+                " They are two spaces: remove one of the routes, or give it a model with a space"
+                " of its own"
             )
 
 

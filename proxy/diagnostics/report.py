@@ -55,8 +55,8 @@ class ComparisonRow:
 class Likeness:
     """The agreement of two routes that answered everything."""
 
-    one: ComparisonRow
-    other: ComparisonRow
+    first: ComparisonRow
+    second: ComparisonRow
     cosine: tuple[float, float] | None
     """The least and the mean cosine, if spaces and widths match."""
     overlap: float | None
@@ -65,7 +65,7 @@ class Likeness:
     @property
     def same_space(self) -> bool:
         """Whether both have the same space."""
-        return self.one.trial.space.name == self.other.trial.space.name
+        return self.first.trial.space.name == self.second.trial.space.name
 
     @property
     def agree(self) -> bool | None:
@@ -116,9 +116,9 @@ class ComparisonReport:
         cheap model is no bargain if nothing is known about its quality.
         """
         same = {
-            pair.other if pair.one is row else pair.one
+            pair.second if pair.first is row else pair.first
             for pair in self.pairs
-            if pair.agree and row in (pair.one, pair.other)
+            if pair.agree and row in (pair.first, pair.second)
         }
         others = [other for other in self.choices if other is not row]
         return next((rival for rival in others if _beats(rival, row, same=rival in same)), None)

@@ -216,8 +216,8 @@ class Comparison:
     It is 0 where their widths differ.
     """
 
-    one: RouteResult
-    other: RouteResult
+    first: RouteResult
+    second: RouteResult
     cosine: float
 
     @property

@@ -31,7 +31,7 @@ _PLAIN = (".txt", ".text")
 _TABLES = (".csv", ".tsv")
 _DATABASES = (".db", ".sqlite", ".sqlite3")
 _MAX_CELL = 16 << 20
-"""Characters of a cell of CSV: the library's own bound is below the longest context."""
+"""The most characters of a CSV cell. The default of the library is below the longest context."""
 
 
 class TextFiles:
@@ -60,7 +60,7 @@ class TextFiles:
             raise SourceError("there is no file with texts in what was named")
 
     def __iter__(self) -> Iterator[Text]:
-        """Yield the texts, and what stands in place of one that cannot be used."""
+        """Yield the texts, and a RejectedPair for each that cannot be used."""
         for file in self.files:
             for text in self._read(file):
                 if isinstance(text, RejectedPair):
@@ -83,16 +83,16 @@ class TextFiles:
 
 
 def _files(place: Path, glob: str) -> Iterator[Path]:
-    """Yield the files of a place: itself, or those below it with texts in a form that is known."""
+    """Yield the files of a place: the file itself, or those below a folder in a known form."""
     if not place.exists():
         raise SourceError(f"{place}: there is no such file")
     if not place.is_dir():
         yield place
         return
-    known = (*_MARKDOWN, *_PLAIN, *_TABLES, ".parquet")
+    suffixes = (*_MARKDOWN, *_PLAIN, *_TABLES, ".parquet")
     for file in sorted(place.rglob("*")):
         is_named = fnmatch.fnmatch(file.name, glob)
-        is_known = glob != "*" or file.suffix.lower() in known or is_jsonl(file)
+        is_known = glob != "*" or file.suffix.lower() in suffixes or is_jsonl(file)
         if is_named and is_known and file.is_file():
             yield file
 
@@ -117,7 +117,7 @@ def _of_text(file: Path, split: Split) -> Iterator[Text]:
 
 
 def _paragraphs(lines: TextIO) -> Iterator[str]:
-    """Yield what stands between blank lines."""
+    """Yield the paragraphs, which blank lines separate."""
     paragraph: list[str] = []
     for line in (*lines, ""):
         if line.strip():
@@ -164,7 +164,7 @@ def _of_database(file: Path, query: str | None) -> Iterator[Text]:
     if query is None:
         raise SourceError(f"{file} is a database: give with --query the SQL of its texts")
     try:
-        # Nothing but reading: the query is the user's.
+        # Read-only, because the query is the user's.
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
             database.execute("PRAGMA query_only = ON")
             for number, row in enumerate(database.execute(query), start=1):

@@ -49,12 +49,12 @@ COSINE = models.VectorParams(size=WIDTH, distance=models.Distance.COSINE)
 class FakeModel:
     """Vectors made from the texts; each text is bought once, and then in the cache."""
 
-    name = asked = "new"
+    name = requested_name = "new"
     space = Space("new", WIDTH, matryoshka=True)
 
     def __init__(self, dimensions=WIDTH, name="new"):
         self.dimensions = dimensions
-        self.name = self.asked = name
+        self.name = self.requested_name = name
         self.space = Space(name, WIDTH, matryoshka=True)
         self.cache = {}
         self.refused = set()

@@ -87,9 +87,9 @@ def test_what_answered_in_part_is_not_compared():
     """All figures are about the same inputs, so who lacks one is left out of choices."""
     part = _trial("part", rows=NEAR_A[:4], ms=[1])
     found = make_report([part, _trial("whole"), _trial("other")], TEXTS, 2)
-    assert [(pair.one.trial.route.name, pair.other.trial.route.name) for pair in found.pairs] == [
-        ("whole", "other")
-    ]
+    assert [
+        (pair.first.trial.route.name, pair.second.trial.route.name) for pair in found.pairs
+    ] == [("whole", "other")]
     assert found.fastest is not found.rows[0]
     assert found.beaten_by(found.rows[0]) is None
 
@@ -101,7 +101,7 @@ def test_routes_of_one_space_agree_or_do_not():
     trials = [_trial(), _trial("q"), _trial("r", rows=turned), _trial("w", rows=wide)]
     found = make_report(trials, TEXTS, 2)
     verdicts = {
-        (pair.one.trial.route.name, pair.other.trial.route.name): (pair.agree, pair.cosine)
+        (pair.first.trial.route.name, pair.second.trial.route.name): (pair.agree, pair.cosine)
         for pair in found.pairs
     }
     assert verdicts["p", "q"] == (True, pytest.approx((1, 1)))
