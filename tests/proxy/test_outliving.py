@@ -78,7 +78,7 @@ async def test_a_second_signal_waits_for_nothing(system, provider):
     await provider.asked.wait()
     run.send_signal(signal.SIGINT)
     assert await run.stderr.readline() == f"store: {system.folder / 'cache'}\n".encode()
-    assert b"once more" in await run.stderr.readline()
+    assert b"interrupt again" in await run.stderr.readline()
     run.send_signal(signal.SIGINT)
     assert await run.wait() == 130
     provider.go_on.set()
