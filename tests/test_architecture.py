@@ -48,12 +48,6 @@ NOUNS = {
     "tracing",
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
-VAGUE_NAMES = frozenset(
-    ["asked", "found", "gone", "heard", "kept", "known", "one", "said", "some", "there", "told"]
-)
-"""Names that do not say what a variable holds."""
-NAMED_FOLDERS = ("index/", "proxy/cli/", "proxy/config/", "proxy/diagnostics/", "proxy/importers/")
-"""Folders without them."""
 TERMS = {"blocking", "in_flight"}
 """The field's own terms: blocking calls, requests in flight."""
 
@@ -301,6 +295,14 @@ def _top_level(name: str) -> set[str]:
 def test_no_retired_name_comes_back():
     """Modules, classes and functions have the names of the glossary."""
     assert {name: names for name in NAMES if (names := _top_level(name) & RETIRED)} == {}
+
+
+VAGUE_NAMES = frozenset(
+    ["asked", "found", "gone", "heard", "kept", "known", "one", "said", "some", "there", "told"]
+)
+"""Names that do not say what a variable holds."""
+NAMED_FOLDERS = ("index/", "proxy/cli/", "proxy/config/", "proxy/diagnostics/", "proxy/importers/")
+"""Folders without them."""
 
 
 def _local_names(name: str) -> set[str]:
