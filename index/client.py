@@ -41,7 +41,7 @@ from .errors import (
     TooLarge,
     UntrustedCertificate,
     WrongAddress,
-    translated,
+    translate,
 )
 
 if TYPE_CHECKING:
@@ -244,14 +244,14 @@ class Connection:
         try:
             return await call()
         except Exception as error:
-            raise self._translated(error, payloads) from error
+            raise self._translate(error, payloads) from error
         finally:
             _calls.reset(token)
 
-    def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
+    def _translate(self, error: Exception, payloads: Iterable[object]) -> Exception:
         """Return a failure as one of ours. Its message holds no key, which a gateway may repeat."""
         call = _calls.get()
-        failure = translated(error, self._place, call)
+        failure = translate(error, self._place, call)
         if isinstance(failure, QdrantFailure):
             # The collection's name may be that of the model, which is in each payload.
             texts = (
@@ -266,7 +266,7 @@ class Connection:
         try:
             return await loop.run_in_executor(self._thread, work)
         except Exception as error:
-            raise self._translated(error, payloads) from error
+            raise self._translate(error, payloads) from error
 
     def _run(self, call: "Callable[[], Awaitable[T]]") -> T:
         assert self._runner is not None  # noqa: S101 - opened with the folder
@@ -387,8 +387,8 @@ async def no_metadata(qdrant: Connection) -> str | None:
     if server_version is None or server_version >= METADATA:
         return None
     return (
-        f"Qdrant at {qdrant} is {_dotted(server_version)}, which does not keep whose vectors a"
-        f" collection holds: use {_dotted(METADATA)} or later, or set"
+        f"Qdrant at {qdrant} is {_format_version(server_version)}, which does not keep whose"
+        f" vectors a collection holds: use {_format_version(METADATA)} or later, or set"
         " index.qdrant.adopt_unlabeled: true and see to it yourself that no two models share a"
         " collection"
     )
@@ -403,11 +403,11 @@ async def no_insert_only(qdrant: Connection) -> str | None:
     if server_version is None or server_version >= INSERT_ONLY:
         return None
     return (
-        f"Qdrant at {qdrant} is {_dotted(server_version)}: before {_dotted(INSERT_ONLY)} a point"
-        " that a client writes to the new collection while the same one is carried may be"
-        " overwritten"
+        f"Qdrant at {qdrant} is {_format_version(server_version)}: before"
+        f" {_format_version(INSERT_ONLY)} a point that a client writes to the new collection while"
+        " the same one is carried may be overwritten"
     )
 
 
-def _dotted(numbers: tuple[int, int]) -> str:
+def _format_version(numbers: tuple[int, int]) -> str:
     return f"{numbers[0]}.{numbers[1]}"

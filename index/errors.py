@@ -1,6 +1,6 @@
 """Errors of Qdrant, as a small tree: passing failures, and lasting ones.
 
-`translated` makes such a failure of what the client raises: one line, and no key. The statuses of
+`translate` makes such a failure of what the client raises: one line, and no key. The statuses of
 Qdrant do not tell enough: a limit of strict mode is a 400 or a 403, by version. So its words count
 first, then its status.
 """
@@ -151,7 +151,7 @@ class Call(NamedTuple):
 NO_CALL = Call()
 
 
-def translated(error: Exception, place: str = "", call: Call = NO_CALL) -> Exception:  # noqa: PLR0911 - a table
+def translate(error: Exception, place: str = "", call: Call = NO_CALL) -> Exception:  # noqa: PLR0911 - a table
     """Return the QdrantFailure of an error; an error of the caller's own code is returned as it is.
 
     `place` is the host and port of the server, for a failure to reach it.
@@ -176,7 +176,7 @@ def translated(error: Exception, place: str = "", call: Call = NO_CALL) -> Excep
             f"overloaded: {_short(error)}", seconds_until(str(error.retry_after_s), time.time())
         )
     if isinstance(error, ResponseHandlingException):
-        return _unreached(error.source, place, doing)
+        return _connection_failure(error.source, place, doing)
     if type(error).__name__ == "AioRpcError":
         return _rpc_failure(error, place, doing)
     if isinstance(error, RuntimeError) and "already accessed" in str(error):
@@ -189,7 +189,7 @@ def translated(error: Exception, place: str = "", call: Call = NO_CALL) -> Excep
     return error
 
 
-def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
+def _connection_failure(source: BaseException, place: str, doing: str) -> QdrantFailure:
     """Return the failure of a call without an answer; its message names host and call."""
     why, kind = _short(source), type(source).__name__
     whose = place or "Qdrant"
@@ -218,7 +218,7 @@ def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
 def _refusal(
     status: int, content: bytes, wait: str | None, place: str, call: Call
 ) -> QdrantFailure:
-    message = _said(content)
+    message = _message_of(content)
     words = f"HTTP {status}: {message}"
     if status == 404 and not message:
         return WrongAddress(
@@ -276,7 +276,7 @@ def _rpc_failure(error: Any, place: str, doing: str) -> QdrantFailure:  # noqa: 
     return Unavailable(f"no answer from {place}{during} ({words})")
 
 
-def _said(content: bytes) -> str | None:
+def _message_of(content: bytes) -> str | None:
     """Return the message of an error's body, in one line; None if the body is not Qdrant's."""
     try:
         message = orjson.loads(content)["status"]["error"]

@@ -107,12 +107,12 @@ class OutboxFile:
 
     def _open(self) -> None:
         try:
-            self.sql = _prepared(self.path)
+            self.sql = _open_database(self.path)
         except sqlite3.DatabaseError as error:
-            if not self._damaged(error):
+            if not self._means_damage(error):
                 raise
             self._set_aside(error)
-            self.sql = _prepared(self.path)
+            self.sql = _open_database(self.path)
         self._inode = self.path.stat().st_ino
 
     def _set_aside(self, error: sqlite3.Error) -> None:
@@ -140,12 +140,12 @@ class OutboxFile:
         try:
             return work()
         except sqlite3.Error as error:
-            if not self._damaged(error):
+            if not self._means_damage(error):
                 raise
             self._renew(error)
         return work()
 
-    def _damaged(self, error: sqlite3.Error) -> bool:
+    def _means_damage(self, error: sqlite3.Error) -> bool:
         """Tell whether an error means a damaged file, and not a passing failure."""
         if is_damage(error):
             return True
@@ -236,7 +236,7 @@ def _is_cut_short(path: Path) -> bool:
     return path.stat().st_size < (page if page > 1 else 1 << 16) * pages
 
 
-def _prepared(path: Path) -> sqlite3.Connection:
+def _open_database(path: Path) -> sqlite3.Connection:
     private_files.create(path)
     sql = sqlite3.connect(path, isolation_level=None, timeout=LOCK_TIMEOUT_SECONDS)
     try:

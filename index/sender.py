@@ -176,7 +176,7 @@ class Sender:
         try:
             return await self.take()
         except Unavailable as error:
-            self._failed(error, None, 0)
+            self._record_failure(error, None, 0)
             return None
 
     async def close(self) -> None:
@@ -198,18 +198,18 @@ class Sender:
             except Unavailable as error:
                 # A halved batch need not wait long.
                 retry_s = MIN_PAUSE_S if self._is_halved else error.retry_after_s or None
-                pause = self._failed(error, None, retry_s)
+                pause = self._record_failure(error, None, retry_s)
             except (Denied, UntrustedCertificate) as error:
-                pause = self._failed(error, None, MAX_PAUSE_S)
+                pause = self._record_failure(error, None, MAX_PAUSE_S)
             except (QdrantFailure, *FAILURES) as error:
-                pause = self._failed(error, None)
+                pause = self._record_failure(error, None)
             except Exception:
                 # Nobody awaits this task. If it ended, no point would be sent any more.
                 log.exception("sending to Qdrant failed")
                 pause = MAX_PAUSE_S
             await self._sleep(pause)
 
-    def _failed(
+    def _record_failure(
         self, error: BaseException, queue: _Queue | None, pause: float | None = None
     ) -> float:
         """Record a failure of one target's queue or of all; return the seconds to the next attempt.
@@ -230,14 +230,14 @@ class Sender:
         self.counters.last_failure = words
         return pause
 
-    def _succeeded(self, queue: _Queue) -> None:
+    def _record_success(self, queue: _Queue) -> None:
         """Record that points of a target were sent."""
         queue.backoff.succeed()
-        self._recovered(queue.failure)
+        self._record_recovery(queue.failure)
         queue.failure = None
         self._tell_failure()
 
-    def _recovered(self, failure: str | None = None) -> None:
+    def _record_recovery(self, failure: str | None = None) -> None:
         """Record that Qdrant answers. `failure` is the former one of the queue that was sent."""
         if self._failure is not None or failure is not None:
             log.info("Qdrant answers again")
@@ -294,11 +294,11 @@ class Sender:
                 await self._send(qdrant, target, batch)
         except (Denied, LimitReached, Overloaded) as error:
             retry_s = MAX_PAUSE_S if isinstance(error, Denied) else error.retry_after_s or None
-            pause = self._failed(error, queue, retry_s)
+            pause = self._record_failure(error, queue, retry_s)
             queue.paused_until = asyncio.get_running_loop().time() + pause
             return
         self._written.add(target)
-        self._succeeded(queue)
+        self._record_success(queue)
 
     async def _wait_for(self, queue: _Queue) -> None:
         """Wait until a queue is due, or until points are added."""
@@ -382,7 +382,7 @@ class Sender:
                 await self._notice_losses(qdrant, target, name, state)
                 is_asked = True
         if is_asked:
-            self._recovered()
+            self._record_recovery()
 
     async def _notice_losses(
         self, qdrant: Connection, target: Target, name: str, state: CollectionState | None

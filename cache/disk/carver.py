@@ -99,21 +99,21 @@ class RecordCarver:
         self, database: Path, report: CarveReport, progress: Callable[[int], None] = lambda _: None
     ) -> None:
         self._report, self._tell = report, progress
-        self._opened = contextlib.ExitStack()
-        self._file = self._opened.enter_context(database.open("rb", buffering=0)).fileno()
+        self._stack = contextlib.ExitStack()
+        self._file = self._stack.enter_context(database.open("rb", buffering=0)).fileno()
         self._log = -1
         with contextlib.suppress(FileNotFoundError):
             log = Path(f"{database}-wal").open("rb", buffering=0)  # noqa: SIM115 - closed by the stack
-            self._log = self._opened.enter_context(log).fileno()
+            self._log = self._stack.enter_context(log).fileno()
         head, log_head = _read(self._file, 18, 0), _read(self._log, 32, 0)
         self._size = SIZES.get(_int(head[16:18])) or SIZES.get(_int(log_head[8:12]), PAGE_BYTES)
         log_bytes = os.fstat(self._log).st_size if self._log >= 0 else 0
         self._ends = os.fstat(self._file).st_size, log_bytes
         self._unsound: set[int] = set()  # Offsets of pages that their frame's checksum denies.
         self._frames = self._last_frames()
-        self._noted: defaultdict[int, array[int]] = defaultdict(lambda: array("q", bytes(2048)))
+        self._facts: defaultdict[int, array[int]] = defaultdict(lambda: array("q", bytes(2048)))
         # By id, what the table of partitions and its index hold.
-        self._said: defaultdict[int, set[Partition]] = defaultdict(set)
+        self._partitions_by_number: defaultdict[int, set[Partition]] = defaultdict(set)
         self._ledger = CarvedLedger()
         self._is_purged = False
         self._late = bytearray()
@@ -127,12 +127,12 @@ class RecordCarver:
             for version in self._page_versions():
                 self._learn(version)
         except BaseException:
-            self._opened.close()
+            self._stack.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        self._stack.close()
 
     @property
     def usage(self) -> dict[tuple[int, LedgerKey], Usage]:
@@ -208,7 +208,7 @@ class RecordCarver:
         return _read(file, self._size, offset)
 
     def _of(self, rowid: int) -> tuple["array[int]", int]:
-        return self._noted[rowid >> 6], (rowid & 63) * 4
+        return self._facts[rowid >> 6], (rowid & 63) * 4
 
     def _note(self, rowid: int, what: int, number: int) -> None:
         noted, at = self._of(rowid)
@@ -255,7 +255,9 @@ class RecordCarver:
             # Of partitions: the index ends with the row's number.
             number = rowid if shape == _PARTITIONS else values[-1]
             namespace, space, dimensions = values[1:] if shape == _PARTITIONS else values[:-1]
-            self._said[number].add(Partition(namespace, current_label(space), dimensions))
+            self._partitions_by_number[number].add(
+                Partition(namespace, current_label(space), dimensions)
+            )
 
     def _note_entry(self, rowid: int, number: int | None, stored: int) -> None:
         noted, at = self._of(rowid)
@@ -310,7 +312,7 @@ class RecordCarver:
         return cell.value(page, 1), record, float(own) if 0 < 1000 * own < self._future_ms else 0.0
 
     def _partition(self, number: int) -> Partition | None:
-        partitions = self._said.get(number, ())
+        partitions = self._partitions_by_number.get(number, ())
         return next(iter(partitions)) if len(partitions) == 1 else None
 
 
@@ -370,12 +372,12 @@ class CarvedLedger:
             # In a file of a later layout these lines are counted there too.
             merged = self._lines_by_shape[LAYOUT_1]
         else:
-            merged = _merged(self._lines_by_shape[USAGE], self._lines_by_shape[USAGE_COPY])
+            merged = _merge(self._lines_by_shape[USAGE], self._lines_by_shape[USAGE_COPY])
         for line, (_, usage) in merged.items():
             yield line, usage
 
 
-def _merged(table: _LineSums, index: _LineSums) -> _LineSums:
+def _merge(table: _LineSums, index: _LineSums) -> _LineSums:
     sums: _LineSums = {}
     for own, other in ((table, index), (index, table)):
         for line, (is_sound, usage) in own.items():

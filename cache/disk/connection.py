@@ -125,12 +125,12 @@ def opened(
             lock = stack.enter_context(contextlib.closing(lock_of(directory)))
             file = Database(folder, size_limit, lock, pinned)
         except FAILURES as error:
-            raise _explained(folder, error) from error
+            raise _explain(folder, error) from error
         stack.callback(file.close)
         try:
             yield file
         except (*database.STORE_FAILURES, TimeoutError) as error:
-            raise _explained(folder, error) from error
+            raise _explain(folder, error) from error
 
 
 @contextlib.contextmanager
@@ -145,24 +145,24 @@ def opened_for_reading(
     Raises StoreError as `opened` does, and for an older layout that cannot be brought up to date.
     """
     with contextlib.ExitStack() as stack:
-        file: ReadableFile | None = stack.enter_context(_looked_at(directory, size_limit))
+        file: ReadableFile | None = stack.enter_context(_open_read_only(directory, size_limit))
         if file is not None:
             try:
                 yield file
             except database.STORE_FAILURES as error:
-                raise _explained(folder_of(directory), error) from error
+                raise _explain(folder_of(directory), error) from error
             return
         try:
             file = stack.enter_context(opened(directory, size_limit, pinned))
         except StoreError as error:
             if not _is_only_unwritable(error.__cause__):
                 raise
-            file = stack.enter_context(_only_read(folder_of(directory), error))
+            file = stack.enter_context(_open_unwritable(folder_of(directory), error))
         yield file
 
 
 @contextlib.contextmanager
-def _looked_at(directory: Path, size_limit: int) -> Iterator[ReadOnlyFile | None]:
+def _open_read_only(directory: Path, size_limit: int) -> Iterator[ReadOnlyFile | None]:
     """Give a store's file for reading only; None if it has to be opened for writing first."""
     path = folder_of(directory) / database.FILE_NAME
     with contextlib.ExitStack() as stack:
@@ -196,20 +196,20 @@ def _is_sound(directory: Path, path: Path) -> bool:
     if not is_idle and not damage_of(path):
         return True
     # A log that is written meanwhile may look damaged, and a proxy may be about to begin one.
-    with _held(directory):
+    with _hold_lock(directory):
         return not (damage_of(path) or (is_idle and is_open_without_log(path)))
 
 
 def _tidy(directory: Path, path: Path) -> None:
     """Let SQLite delete an empty log and its index, unless another process uses them now."""
-    with contextlib.suppress(*FAILURES), _held(directory):
+    with contextlib.suppress(*FAILURES), _hold_lock(directory):
         if sibling_path(path, LOG).stat().st_size == 0:
             with contextlib.closing(sqlite3.connect(path, timeout=0.0)) as last:
                 last.execute("PRAGMA user_version").fetchall()
 
 
 @contextlib.contextmanager
-def _held(directory: Path) -> Iterator[None]:
+def _hold_lock(directory: Path) -> Iterator[None]:
     """Hold the writer's lock if it exists and is free. It is not created. Raises OSError."""
     path = directory / _LOCK_NAME
     if not path.exists() or not os.access(path, os.W_OK):
@@ -233,7 +233,7 @@ def write_obstacle(directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def _only_read(folder: Path, failure: StoreError) -> Iterator[ReadOnlyFile]:
+def _open_unwritable(folder: Path, failure: StoreError) -> Iterator[ReadOnlyFile]:
     """Give a store's file for reading only, after a `failure` to open it for writing."""
     path = folder / database.FILE_NAME
     reason = str(failure.__cause__) or LOCKED
@@ -241,7 +241,7 @@ def _only_read(folder: Path, failure: StoreError) -> Iterator[ReadOnlyFile]:
         file = ReadOnlyFile(path, reason)
     except FAILURES as error:
         # The first failure has the remedy, but damage is found by whoever can read.
-        raise _explained(folder, error) if is_damage(error) else failure from error
+        raise _explain(folder, error) if is_damage(error) else failure from error
     with contextlib.closing(file):
         try:
             ((layout,),) = file.sql("PRAGMA user_version").fetchall()
@@ -256,7 +256,7 @@ def _only_read(folder: Path, failure: StoreError) -> Iterator[ReadOnlyFile]:
                 raise sqlite3.DatabaseError(LEDGER_DAMAGED)
             yield file
         except (*database.STORE_FAILURES, NewerLayout) as error:
-            raise _explained(folder, error) from error
+            raise _explain(folder, error) from error
 
 
 def _is_only_unwritable(error: BaseException | None) -> bool:
@@ -279,7 +279,7 @@ def _remedy(error: BaseException) -> str:
     return ""
 
 
-def _explained(folder: Path, error: BaseException, otherwise: str = "") -> StoreError:
+def _explain(folder: Path, error: BaseException, otherwise: str = "") -> StoreError:
     """Return the message of a failure with its remedy; `otherwise` is used if none is known."""
     remedy = _remedy(error) or otherwise
     if primary_code(error) == sqlite3.SQLITE_IOERR and disk_full.has_no_room(folder):
@@ -338,7 +338,7 @@ class Disk:
             if isinstance(error, _NEVER) or not _is_there(self.folder / database.FILE_NAME):
                 self.shut_down()
                 otherwise = _OTHER_PLACE if isinstance(error, OSError) else ""
-                raise _explained(self.folder, error, otherwise) from error
+                raise _explain(self.folder, error, otherwise) from error
             log.error("the disk tier cannot be opened, nothing new is kept: %s", error)  # noqa: TRY400 - said
             with contextlib.suppress(*FAILURES):
                 work = partial(ReadOnlyFile, self.folder / database.FILE_NAME)

@@ -51,12 +51,12 @@ class WriterLock:
             raise
 
     def _wait_until(self, deadline: float) -> None:
-        while not self._taken():
+        while not self._try_lock():
             if time.monotonic() >= deadline:
                 raise TimeoutError("another process keeps writing to the store")
             time.sleep(_POLL_SECONDS)
 
-    def _taken(self) -> bool:
+    def _try_lock(self) -> bool:
         if sys.platform == "win32":
             return True  # one process only
         try:

@@ -81,10 +81,10 @@ def to_text(where: str, text: object) -> str | RejectedPair:
     return text
 
 
-def listed(names: Iterable[str]) -> str:
+def quote_names(names: Iterable[str]) -> str:
     """Return names for the end of a message: sorted, and not too many.
 
-    >>> listed({"b", "a"})
+    >>> quote_names({"b", "a"})
     '`a`, `b`'
     """
     quoted = [f"`{name}`" for name in sorted(set(names))]

@@ -252,7 +252,7 @@ def is_copy(vector: Any, copy: Any, kind: VectorType) -> bool:  # noqa: ANN401 -
     if indices is not None and others is not None and not np.array_equal(indices, others):
         return False
     if kind.is_cosine and indices is None:
-        numbers, theirs = _scaled(numbers), _scaled(theirs)
+        numbers, theirs = _scale(numbers), _scale(theirs)
     largest = max(np.abs(numbers).max(initial=0.0), np.abs(theirs).max(initial=0.0))
     return np.allclose(numbers, theirs, rtol=0, atol=kind.tolerance * largest, equal_nan=True)
 
@@ -275,6 +275,6 @@ def _parts(vector: Any) -> tuple[NDArray[np.int64] | None, Floats]:  # noqa: ANN
     return None, np.asarray(vector, np.float32)
 
 
-def _scaled(numbers: Floats) -> Floats:
+def _scale(numbers: Floats) -> Floats:
     lengths = np.linalg.norm(numbers, axis=-1, keepdims=True)
     return (numbers / np.where(lengths > 0, lengths, 1)).astype(np.float32)

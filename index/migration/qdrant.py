@@ -245,16 +245,16 @@ def _config_like(
     config, params = info.config, info.config.params
     source_vectors: Any = params.vectors
 
-    def widened(name: str, vector_params: Any) -> Any:  # noqa: ANN401 - VectorParams
+    def widen(name: str, vector_params: Any) -> Any:  # noqa: ANN401 - VectorParams
         size = provenance.dimensions if name == old.vector else vector_params.size
         return vector_params.model_copy(update={"size": size})
 
     if isinstance(source_vectors, Mapping):
         vectors: Any = {
-            name: widened(name, vector_params) for name, vector_params in source_vectors.items()
+            name: widen(name, vector_params) for name, vector_params in source_vectors.items()
         }
     else:
-        vectors = widened("", source_vectors)
+        vectors = widen("", source_vectors)
     old_metadata = {k: v for k, v in (config.metadata or {}).items() if k != KEY}
     options = {
         "vectors_config": vectors,

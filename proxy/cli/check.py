@@ -76,7 +76,7 @@ def check(  # noqa: PLR0913 - its options
             "config": None if config_file is None else path_text(config_file),
             "cache": _cache_dict(cache, store),
             "index": qdrant and {**qdrant.as_json(), "place": path_text(qdrant.place)},
-            **_found_dict(checkup),
+            **_results_as_dict(checkup),
             "problems": problems,
             "ok": not problems,
         }
@@ -84,7 +84,7 @@ def check(  # noqa: PLR0913 - its options
     else:
         typer.echo(printable(f"configuration: {config_file or 'built in'}"))
         index_lines = [] if qdrant is None else [path_text(qdrant.line)]
-        for line in (*_cache_lines(cache, store), *index_lines, *_found_lines(checkup)):
+        for line in (*_cache_lines(cache, store), *index_lines, *_result_lines(checkup)):
             typer.echo(printable(line))
         _tell_problems(problems, offline=offline)
     if problems:
@@ -135,7 +135,7 @@ def _cache_lines(cache: Cache, store: Inspection) -> Iterator[str]:
         )
 
 
-def _found_dict(checkup: Checkup) -> dict[str, Any]:
+def _results_as_dict(checkup: Checkup) -> dict[str, Any]:
     return {
         "providers": {
             name: {"state": status.state, "kind": status.kind, "why": status.why or None}
@@ -171,7 +171,7 @@ def _route_dict(result: RouteResult) -> dict[str, Any]:
     }
 
 
-def _found_lines(checkup: Checkup) -> Iterator[str]:
+def _result_lines(checkup: Checkup) -> Iterator[str]:
     yield ""
     yield from _align(
         (status.state, name, status.why or f"kind {status.kind}")

@@ -157,7 +157,7 @@ def rotate_key(
 
     def edit(keys: tuple[StoredKey, ...]) -> Sequence[StoredKey]:
         try:
-            return keys_file.rotated(keys, name, key, now, timedelta(hours=grace))
+            return keys_file.rotate(keys, name, key, now, timedelta(hours=grace))
         except KeyError as error:
             raise _unknown(name, settings) from error
         except ValueError as error:

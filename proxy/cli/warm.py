@@ -240,7 +240,7 @@ def warm(  # noqa: PLR0913 - its options
     settings = loader.load(config_file, overrides=parse_settings(replaced))
     named_model = find_model(settings, model, "--model")
     tell_store(settings)
-    with _spooled(places) as paths:
+    with _spool(places) as paths:
         try:
             texts = TextFiles(paths, split=split, field=text_field, glob=glob, query=query)
         except SourceError as error:
@@ -258,7 +258,7 @@ def warm(  # noqa: PLR0913 - its options
 
 
 @contextmanager
-def _spooled(places: Sequence[str]) -> Iterator[list[Path]]:
+def _spool(places: Sequence[str]) -> Iterator[list[Path]]:
     """Give the paths of all sources. Standard input is read twice, so it is saved in a file."""
     if _STREAM not in places:
         yield [Path(place) for place in places]

@@ -172,13 +172,13 @@ class KeysFile:
         The file is written as a whole, for its owner alone. Raises ConfigError, OSError, and
         TimeoutError if another process keeps changing it.
         """
-        with self._locked():
+        with self._lock():
             keys = edit(self.read() or ())
             content = {"keys": [_plain(key) for key in keys]}
             atomic_file.write(self.path, (_HEADING + yaml_file.dump(content)).encode())
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         private_files.make_folder(self.path.parent)
         path = self.path.with_name(f"{self.path.name}.lock")
         with closing(WriterLock(path, LOCK_S)) as lock, lock:
@@ -299,7 +299,7 @@ def _key(entry: dict[str, Any]) -> StoredKey:
     )
 
 
-def rotated(
+def rotate(
     keys: Sequence[StoredKey], name: str, key: str, now: datetime, grace: timedelta
 ) -> list[StoredKey]:
     """Return keys in which a new key of a name has the settings of its newest one.

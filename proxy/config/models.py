@@ -78,7 +78,7 @@ class ModelConfig(Section):
 
     @field_validator("dimension_policy")
     @classmethod
-    def _known_policy(cls, value: str) -> str:
+    def _check_policy(cls, value: str) -> str:
         if value not in BUILT_IN:
             try:
                 find(value)

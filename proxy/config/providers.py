@@ -105,7 +105,7 @@ class ProviderConfig(Section):
 
     @field_validator("kind")
     @classmethod
-    def _known(cls, value: str) -> str:
+    def _check_kind(cls, value: str) -> str:
         if value != registry.LOCAL:
             try:
                 registry.find(value)

@@ -12,7 +12,7 @@ from embedding_proxy.cache.maintenance.import_source import (
     Pair,
     RejectedPair,
     SourceError,
-    listed,
+    quote_names,
     to_pair,
 )
 
@@ -64,7 +64,7 @@ def need_fields(path: Path, *fields: str) -> None:
         raise SourceError(f"{path} is not JSONL: {bad.where}: {bad.why}")
     for field in fields:
         if names and field not in names:
-            raise SourceError(f"{path} has no field `{field}`; fields: {listed(names)}")
+            raise SourceError(f"{path} has no field `{field}`; fields: {quote_names(names)}")
 
 
 def objects(path: Path, *fields: str) -> Iterator[tuple[str, Object] | RejectedPair]:

@@ -19,7 +19,7 @@ from embedding_proxy.cache.maintenance.import_source import (
     Pair,
     RejectedPair,
     SourceError,
-    listed,
+    quote_names,
     to_pair,
     to_text,
 )
@@ -68,14 +68,14 @@ class LangChain:
             raise SourceError(f"{folder} holds no file that is named as LangChain names a vector's")
         if namespace is None and len(namespaces) > 1:
             raise SourceError(
-                f"{folder} holds vectors of several namespaces: {listed(namespaces)}; "
+                f"{folder} holds vectors of several namespaces: {quote_names(namespaces)}; "
                 "name one with --vector-field"
             )
         self._namespace = namespaces.pop() if namespace is None else namespace
         sizes = {size: n for (name, size), n in counts.items() if name == self._namespace}
         if not sizes:
             raise SourceError(
-                f"{folder} has no namespace `{namespace}`; namespaces: {listed(namespaces)}"
+                f"{folder} has no namespace `{namespace}`; namespaces: {quote_names(namespaces)}"
             )
         self.files = sum(sizes.values())
         """How many vectors of the namespace there are; texts may be missing for some."""

@@ -9,7 +9,7 @@ from embedding_proxy.cache.maintenance.import_source import (
     Pair,
     RejectedPair,
     SourceError,
-    listed,
+    quote_names,
     to_pair,
     to_text,
 )
@@ -60,7 +60,7 @@ def _check_text(path: Path, file: "ParquetFile", column: str) -> None:
 def _type(path: Path, file: "ParquetFile", column: str) -> "DataType":
     names = file.schema_arrow.names
     if column not in names:
-        raise SourceError(f"{path} has no column `{column}`; columns: {listed(names)}")
+        raise SourceError(f"{path} has no column `{column}`; columns: {quote_names(names)}")
     if names.count(column) > 1:
         raise SourceError(f"{path} has more than one column `{column}`")
     return file.schema_arrow.field(column).type

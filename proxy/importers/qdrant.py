@@ -22,7 +22,7 @@ from embedding_proxy.cache.maintenance.import_source import (
     Pair,
     RejectedPair,
     SourceError,
-    listed,
+    quote_names,
     to_pair,
 )
 from embedding_proxy.index.client import Connection
@@ -61,12 +61,12 @@ class TextSource:
         self._text = text
         self._rule = rule
         self._collection, self._options = _parse_location(location)
-        with self._opened() as (runner, qdrant):
+        with self._open() as (runner, qdrant):
             self._vector = runner.run(_choose(qdrant, self._collection, vector))
             page = runner.run(_next(self._pages(qdrant)))
         payloads = [point.payload for point in page.points] if page else []
         if payloads and not any(self._has_text(payload) for payload in payloads):
-            names = listed(field for payload in payloads for field in payload) or "none"
+            names = quote_names(field for payload in payloads for field in payload) or "none"
             what = f"no text for {rule.source}" if rule else f"no field `{text}`"
             ready = readings_of(payloads)
             hint = f"; --text-by {ready[0]} reads them" if ready else ""
@@ -79,7 +79,7 @@ class TextSource:
         return payload.get(self._text) if self._rule is None else self._rule.text(payload)
 
     def __iter__(self) -> Iterator[Pair | RejectedPair]:
-        with self._opened() as (runner, qdrant):
+        with self._open() as (runner, qdrant):
             pages = self._pages(qdrant)
             while page := runner.run(_next(pages)):
                 for point in page.points:
@@ -89,7 +89,7 @@ class TextSource:
         return Points(qdrant, self._vector).pages(self._collection, PAGE, vectors=True)
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[asyncio.Runner, Connection]]:
+    def _open(self) -> Iterator[tuple[asyncio.Runner, Connection]]:
         """Connect, or open the folder; what Qdrant fails with meanwhile becomes a SourceError."""
         try:
             with asyncio.Runner() as runner:
@@ -146,7 +146,7 @@ async def _choose(qdrant: Connection, collection: str, name: str | None) -> str:
         (name,) = vectors
     description = f"vector `{name}`" if name else "unnamed vector"
     if (params := vectors.get(name or "")) is None:
-        names = listed(vectors) or "none"
+        names = quote_names(vectors) or "none"
         raise SourceError(f"`{collection}` has no {description}; pick one of its vectors: {names}")
     if params.multivector_config:
         raise SourceError(

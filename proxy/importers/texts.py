@@ -16,7 +16,7 @@ from typing import Literal, TextIO, TypeAlias
 from embedding_proxy.cache.maintenance.import_source import (
     RejectedPair,
     SourceError,
-    listed,
+    quote_names,
     to_text,
 )
 
@@ -147,8 +147,8 @@ def _of_table(file: Path, column: str, delimiter: str) -> Iterator[Text]:
             names = rows.fieldnames or []
             if column not in names:
                 raise SourceError(
-                    f"{file} has no column `{column}`; columns: {listed(names)}; name one of them"
-                    " with --field"
+                    f"{file} has no column `{column}`; columns: {quote_names(names)}; name one of"
+                    " them with --field"
                 )
             for row in rows:
                 yield to_text(f"line {rows.line_num}", row[column])

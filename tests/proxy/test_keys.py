@@ -137,16 +137,16 @@ def test_a_rotation_keeps_settings_and_ends_the_old_keys():
     """The new key is as the newest was; an earlier end stays, and what has expired goes."""
     first = _stored(expires=NOW + timedelta(hours=1), limit=_usd(1))
     gone, other = _stored(expires=NOW), _stored("bob")
-    keys = keys_file.rotated([first, gone, other], "alice", "ep-x", NOW, timedelta(hours=24))
+    keys = keys_file.rotate([first, gone, other], "alice", "ep-x", NOW, timedelta(hours=24))
     assert keys[:2] == [first, other]
     assert (keys[2].name, keys[2].digest, keys[2].limit) == ("alice", digest("ep-x"), first.limit)
-    again = keys_file.rotated([other], "bob", "ep-y", NOW, timedelta(hours=2))
+    again = keys_file.rotate([other], "bob", "ep-y", NOW, timedelta(hours=2))
     assert again[0].expires == NOW + timedelta(hours=2)
     assert again[1].expires is None
     with pytest.raises(KeyError):
-        keys_file.rotated(keys, "carol", "ep-z", NOW, timedelta())
+        keys_file.rotate(keys, "carol", "ep-z", NOW, timedelta())
     with pytest.raises(ValueError, match="alice"):
-        keys_file.rotated([gone], "alice", "ep-z", NOW, timedelta())
+        keys_file.rotate([gone], "alice", "ep-z", NOW, timedelta())
 
 
 # Who is let in

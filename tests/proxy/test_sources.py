@@ -12,7 +12,7 @@ from embedding_proxy.cache.maintenance.import_source import (
     Pair,
     RejectedPair,
     SourceError,
-    listed,
+    quote_names,
     to_pair,
 )
 from embedding_proxy.proxy.importers import open_source
@@ -378,4 +378,4 @@ def test_half_a_surrogate_pair_is_no_text():
 
 def test_a_list_of_names_stays_short():
     """A message names a dozen names and says how many more there are."""
-    assert listed(str(n) for n in range(20)).endswith("`18`, `19` and 8 more")
+    assert quote_names(str(n) for n in range(20)).endswith("`18`, `19` and 8 more")

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from any_server import AnyServer
-from embedding_proxy.index.errors import Unavailable, translated
+from embedding_proxy.index.errors import Unavailable, translate
 from embedding_proxy.providers.upstream.rate_limit_headers import (
     MAX_TOLD_WAIT,
     MAX_WAIT,
@@ -129,10 +129,10 @@ def test_qdrants_waits_are_bounded_as_well(wait):
     """It is read by the same function as an upstream's."""
     from qdrant_client.http.exceptions import UnexpectedResponse  # noqa: PLC0415
 
-    error = translated(UnexpectedResponse(503, "busy", b"", aiohttp.typedefs.CIMultiDict()))
+    error = translate(UnexpectedResponse(503, "busy", b"", aiohttp.typedefs.CIMultiDict()))
     assert isinstance(error, Unavailable)
     headers = aiohttp.typedefs.CIMultiDict({"retry-after": wait})
-    error = translated(UnexpectedResponse(503, "busy", b"", headers))
+    error = translate(UnexpectedResponse(503, "busy", b"", headers))
     assert error.retry_after_s is None or 0 <= error.retry_after_s <= MAX_TOLD_WAIT
 
 
