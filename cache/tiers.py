@@ -96,16 +96,25 @@ class Tiers:
 
     async def finish(self, lookup: Lookup, partition: Partition, terms: CachePolicy) -> Lookup:
         """Return a look-up after what it awaits, counted."""
+        await self._complete(lookup, partition, terms)
+        self.count_lookup(lookup, partition, terms)
+        if lookup.damaged and terms.spend and terms.write:
+            await self._store.delete_many(lookup.damaged)
+        return lookup
+
+    async def poll(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
+        """Look up once more what was missing, at most LOT keys. It is not counted again."""
+        lookup = self.lookup_nowait(keys, partition, terms)
+        await self._complete(lookup, partition, terms)
+        return lookup
+
+    async def _complete(self, lookup: Lookup, partition: Partition, terms: CachePolicy) -> None:
         if not lookup.is_complete:
             addresses, epoch = lookup.keys.addresses, self._store.purge_epoch
             records = await self._store.lookup([addresses[index] for index in lookup.missing])
             # What was purged while it was read is not kept in memory.
             kept = terms if self._is_purge_epoch(epoch) else replace(terms, write=False)
             self._add_records(lookup, records, partition.dimensions, kept)
-        self.count_lookup(lookup, partition, terms)
-        if lookup.damaged and terms.spend and terms.write:
-            await self._store.delete_many(lookup.damaged)
-        return lookup
 
     def lookup_nowait(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
         """Return the same of a few keys as far as nothing has to be awaited.

@@ -24,8 +24,9 @@ from embedding_proxy.cache.cached_hit import CountedEmbeddings
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.embedder import MAX_ROUNDS_WITH_STRANGERS, CachingEmbedder
 from embedding_proxy.cache.errors import NotCached, name_input
-from embedding_proxy.cache.in_flight import InFlight, SharedTask, wait
+from embedding_proxy.cache.in_flight import InFlight, wait
 from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.shared_task import SharedTask
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space, slices
 from embedding_proxy.providers.charge import Bill, OnCharge

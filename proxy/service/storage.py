@@ -8,6 +8,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import Self
 
+from embedding_proxy.cache.disk.file_leases import FileLeases
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.memory import Memory
@@ -43,7 +44,8 @@ class Storage:
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
         self.tiers = Tiers(self.memory, self.store)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
-        self.in_flight = InFlight()
+        self.leases = FileLeases(self.store.folder)
+        self.in_flight = InFlight(self.leases)
         self.budgets = Budgets(self.store, workers)
         """What clients with budgets have spent."""
         self.counts_owner: object = None
@@ -56,6 +58,7 @@ class Storage:
         """Hold it; the first one opens it. Raises StoreError if the directory cannot be used."""
         async with self._opening:
             if not self._holders:
+                self._stack.callback(self.leases.close)
                 await self._stack.enter_async_context(self.store)
                 await self.learned.refresh()
             self._holders += 1
