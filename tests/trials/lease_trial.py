@@ -215,7 +215,7 @@ async def through_services(folder: Path, rounds: int, count: int) -> Seen:
                 *(sys.executable, __file__, "--member", str(config)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env={**os.environ, "OPENAI_API_KEY": "k"},
+                env={**os.environ, "OPENAI_API_KEY": "k", "PYTHONPATH": os.pathsep.join(sys.path)},
             )
             for _ in range(count)
         ]
