@@ -34,6 +34,10 @@ class Leases(Protocol):
         """
         ...
 
+    def has_lapsed(self, address: bytes) -> bool:
+        """Tell whether a lease that this process holds may be another one's by now."""
+        ...
+
     def release(self, addresses: Collection[bytes], *, is_written: bool) -> None:
         """Give leases back: at once, or after GRACE_S if their records were written."""
         ...

@@ -24,6 +24,7 @@ from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 
 if TYPE_CHECKING:
     from embedding_proxy.cache.shared.client import RedisClient
+    from embedding_proxy.cache.shared.redis_leases import RedisLeases
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -54,8 +55,9 @@ class Storage:
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
         self.tiers = Tiers(self.memory, self.store)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
-        self.leases = FileLeases(self.store.folder)
-        self.in_flight = InFlight(self.leases)
+        self._leases = FileLeases(self.store.folder)
+        self._redis_leases = None if redis is None else _redis_leases(self._leases, redis)
+        self.in_flight = InFlight(self._redis_leases or self._leases)
         self.budgets = Budgets(self.store, workers)
         """What clients with budgets have spent."""
         self.counts_owner: object = None
@@ -68,10 +70,12 @@ class Storage:
         """Hold it; the first one opens it. Raises StoreError if the directory cannot be used."""
         async with self._opening:
             if not self._holders:
-                self._stack.callback(self.leases.close)
+                self._stack.callback(self._leases.close)
                 await self._stack.enter_async_context(self.store)
                 if self.redis is not None:
                     await self._stack.enter_async_context(self.redis)
+                if self._redis_leases is not None:
+                    self._stack.push_async_callback(self._redis_leases.aclose)
                 await self.learned.refresh()
             self._holders += 1
         return self
@@ -82,6 +86,12 @@ class Storage:
             self._holders -= 1
             if not self._holders:
                 await self._stack.aclose()
+
+
+def _redis_leases(local: FileLeases, redis: "RedisClient") -> "RedisLeases":
+    from embedding_proxy.cache.shared.redis_leases import RedisLeases  # noqa: PLC0415 - an extra
+
+    return RedisLeases(local, redis)
 
 
 def redis_client(settings: Settings) -> "RedisClient | None":
