@@ -23,8 +23,8 @@ from .budgets import Budgets
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 
 if TYPE_CHECKING:
-    from embedding_proxy.cache.shared.client import RedisClient
     from embedding_proxy.cache.shared.redis_leases import RedisLeases
+    from embedding_proxy.cache.shared.tier import SharedTier
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -36,13 +36,13 @@ REPLIES_SHARE = 0.5
 class Storage:
     """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
 
-    def __init__(self, cache: Cache, workers: int = 1, redis: "RedisClient | None" = None) -> None:
+    def __init__(self, cache: Cache, workers: int = 1, shared: "SharedTier | None" = None) -> None:
         """`workers` is how many processes buy on the account of one client at the same time.
 
-        `redis` is what other machines use too (see `redis_client`); it is opened and closed here.
+        `shared` is the tier of several machines (see `shared_tier`); it is opened and closed here.
         """
         self.cache = cache
-        self.redis = redis
+        self.shared = shared
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
             cache.directory,
@@ -53,11 +53,11 @@ class Storage:
             pinned=(*cache.pinned_namespaces, drift_check.NAMESPACE),
         )
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
-        self.tiers = Tiers(self.memory, self.store)
+        self.tiers = Tiers(self.memory, self.store, shared)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
         self._leases = FileLeases(self.store.folder)
-        self._redis_leases = None if redis is None else _redis_leases(self._leases, redis)
-        self.in_flight = InFlight(self._redis_leases or self._leases)
+        self._shared_leases = _shared_leases(self._leases, shared)
+        self.in_flight = InFlight(self._shared_leases or self._leases)
         self.budgets = Budgets(self.store, workers)
         """What clients with budgets have spent."""
         self.counts_owner: object = None
@@ -72,10 +72,11 @@ class Storage:
             if not self._holders:
                 self._stack.callback(self._leases.close)
                 await self._stack.enter_async_context(self.store)
-                if self.redis is not None:
-                    await self._stack.enter_async_context(self.redis)
-                if self._redis_leases is not None:
-                    self._stack.push_async_callback(self._redis_leases.aclose)
+                if self.shared is not None:
+                    await self._stack.enter_async_context(self.shared)
+                    self._stack.push_async_callback(self.tiers.flush_copies)
+                if self._shared_leases is not None:
+                    self._stack.push_async_callback(self._shared_leases.aclose)
                 await self.learned.refresh()
             self._holders += 1
         return self
@@ -88,24 +89,27 @@ class Storage:
                 await self._stack.aclose()
 
 
-def _redis_leases(local: FileLeases, redis: "RedisClient") -> "RedisLeases":
+def _shared_leases(local: FileLeases, shared: "SharedTier | None") -> "RedisLeases | None":
+    if shared is None:
+        return None
     from embedding_proxy.cache.shared.redis_leases import RedisLeases  # noqa: PLC0415 - an extra
 
-    return RedisLeases(local, redis)
+    return RedisLeases(local, shared.redis)
 
 
-def redis_client(settings: Settings) -> "RedisClient | None":
-    """Return the client of `cache.shared`, not yet opened; None without. Raises ConfigError."""
+def shared_tier(settings: Settings) -> "SharedTier | None":
+    """Return the tier of `cache.shared`, not yet opened; None without. Raises ConfigError."""
     shared = settings.cache.shared
     if shared is None:
         return None
     try:
         # An extra: nothing imports it where it is not configured.
         from embedding_proxy.cache.shared.client import RedisClient  # noqa: PLC0415
+        from embedding_proxy.cache.shared.tier import SharedTier  # noqa: PLC0415
     except ImportError as error:
-        remedy = "needs the extra `redis`: pip install 'embedding-proxy[redis]'"
+        remedy = "needs the extra `redis`: pip install 'redis[hiredis]>=8'"
         raise ConfigError(settings.problem(("cache", "shared"), remedy)) from error
-    return RedisClient(
+    redis = RedisClient(
         RedisOptions(
             shared.address,
             prefix=shared.prefix,
@@ -116,6 +120,12 @@ def redis_client(settings: Settings) -> "RedisClient | None":
             limit_s=shared.timeout_ms / 1000,
             max_connections=shared.max_connections,
         )
+    )
+    ages = [days for days in (shared.ttl_days, settings.cache.ttl_days) if days is not None]
+    return SharedTier(
+        redis,
+        ttl_s=min(ages) * DAY if ages else None,
+        is_float16=shared.element_type == "float16",
     )
 
 
