@@ -4,6 +4,7 @@ import sys
 
 import lease_trial
 import pytest
+from redis_server import needs_redis, redis_server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="such locks are Linux's own")
 
@@ -22,3 +23,14 @@ async def test_processes_of_the_library_buy_each_text_once(tmp_path):
     assert not seen.wrong
     assert len(seen.bought) == 6 * lease_trial.TEXTS
     assert seen.outcomes["miss"] == 6 * lease_trial.TEXTS
+
+
+@needs_redis
+async def test_nodes_that_share_a_redis_buy_each_text_once(tmp_path):
+    """Three nodes with folders of their own, each asked for what the others are buying."""
+    with redis_server() as redis:
+        # What is not answered in time decides each node for itself: here, nothing is.
+        options = {"url": redis.url, "timeout_ms": 1000}
+        seen = await lease_trial.through_nodes(tmp_path, 3, 60, options)
+    assert not seen.wrong
+    assert len(seen.bought) == 60

@@ -5,7 +5,8 @@
 In every round 16 clients ask for the same new texts, each over a connection of its own, so that
 every worker gets some. In some rounds the worker whose call has reached the upstream is killed
 there: its texts are bought once more, by another worker, and no further time. What was bought is
-counted at the upstream. Last, processes that use the library do the same.
+counted at the upstream. Processes that use the library do the same. Before all that, clients ask
+nodes with folders of their own that share a Redis.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import sqlite3
 import sys
@@ -26,6 +28,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 from fault_server import Call, FaultServer, Payload
+from redis_server import redis_server
 
 from embedding_proxy import EmbeddingService
 
@@ -36,6 +39,12 @@ TEXTS = 3
 CALL_S = 0.02
 """How long the upstream takes for a call: long enough for all requests to come meanwhile."""
 MAX_TRIES = 100
+NODES = 3
+NODE_CLIENTS = 30
+ASKS = 5
+"""How often each text is asked for at the nodes."""
+TIMEOUT_MS = 1000
+"""Of the nodes: what is not answered in time decides each for itself, and all share two cores."""
 
 
 @dataclass
@@ -93,11 +102,11 @@ def _caller(request: web.Request, processes: Iterable[int]) -> int:
 
 @contextlib.asynccontextmanager
 async def workers(
-    folder: Path, upstream: str, count: int
+    folder: Path, upstream: str, count: int, shared: dict[str, Any] | None = None
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """Run the proxy with some workers; give its first process and its base URL."""
     config = folder / "config.yaml"
-    config.write_text(json.dumps(settings(folder, upstream)))
+    config.write_text(json.dumps(settings(folder, upstream, shared)))
     command = ("serve", "--port", "0", "--config", str(config), "--workers", str(count))
     with (folder / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
@@ -119,10 +128,10 @@ async def workers(
         await process.wait()
 
 
-def settings(folder: Path, upstream: str) -> dict[str, Any]:
-    """Return a configuration with one provider, whose calls hold one request each."""
+def settings(folder: Path, upstream: str, shared: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a configuration with one provider, and `cache.shared` if that is given."""
     return {
-        "cache": {"directory": str(folder / "cache")},
+        "cache": {"directory": str(folder / "cache"), "shared": shared},
         "providers": {"openai": {"base_url": upstream}},
     }
 
@@ -234,16 +243,65 @@ async def through_services(folder: Path, rounds: int, count: int) -> Seen:
     return seen
 
 
+async def through_nodes(folder: Path, count: int, texts: int, options: dict[str, Any]) -> Seen:
+    """Return what is seen when some nodes are asked five times for each text, by 30 clients.
+
+    `options` are those of `cache.shared`. A text is asked for five times within a short while.
+    """
+    seen, chance = Seen(), random.Random(texts)
+    upstream = Upstream(seen)
+    requests = [f"text {number}" for number in range(texts) for _ in range(ASKS)]
+    for start in range(0, len(requests), NODE_CLIENTS):
+        some = requests[start : start + NODE_CLIENTS]
+        chance.shuffle(some)
+        requests[start : start + NODE_CLIENTS] = some
+    async with upstream.server, contextlib.AsyncExitStack() as stack:
+        urls = []
+        for number in range(count):
+            own = folder / f"node {number}"
+            own.mkdir()
+            node = workers(own, upstream.server.url, 1, options)
+            urls.append((await stack.enter_async_context(node))[1])
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        line = iter(requests)
+
+        async def client() -> None:
+            for text in line:
+                body = {"model": MODEL, "input": text, "encoding_format": "base64"}
+                url = f"{chance.choice(urls)}/embeddings"
+                async with session.post(url, json=body) as response:
+                    reply = await response.json()
+                    seen.outcomes[response.headers.get("x-cache", str(response.status))] += 1
+                    if response.status != 200:
+                        seen.wrong.append(f"{response.status}: {reply}")
+
+        await asyncio.gather(*(client() for _ in range(NODE_CLIENTS)))
+    seen.judge()
+    if len(seen.bought) != texts:
+        seen.wrong.append(f"{len(seen.bought)} texts were bought of {texts}")
+    return seen
+
+
 async def _end(process: asyncio.subprocess.Process) -> None:
     assert process.stdin is not None
     process.stdin.close()
     await process.wait()
 
 
-async def run(rounds: int, kills: int, counts: list[int]) -> bool:
+async def run(rounds: int, kills: int, counts: list[int], texts: int) -> bool:
     """Run all of it, say what was seen; return whether all was as it must be."""
     wrong: list[str] = []
-    for count in counts:
+    if texts:
+        with tempfile.TemporaryDirectory() as folder, redis_server() as redis:
+            options = {"url": redis.url, "timeout_ms": TIMEOUT_MS}
+            seen = await through_nodes(Path(folder), NODES, texts, options)
+        twice = sum(number > 1 for number in seen.bought.values())
+        sys.stdout.write(
+            f"{NODES} nodes: {len(seen.bought)} texts, {twice} bought twice;"
+            f" {dict(seen.outcomes)}\n"
+        )
+        wrong += seen.wrong
+    for count in counts if rounds else ():
         for kind in ("workers", "services"):
             with tempfile.TemporaryDirectory() as folder:
                 if kind == "workers":
@@ -266,12 +324,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--member", type=Path)
     given = parser.parse_args()
     if given.member is not None:
         asyncio.run(member(given.member))
         return
-    sys.exit(not asyncio.run(run(given.rounds, given.kills, given.workers)))
+    sys.exit(not asyncio.run(run(given.rounds, given.kills, given.workers, given.texts)))
 
 
 if __name__ == "__main__":
