@@ -267,10 +267,18 @@ class Fetch(SharedTask[Key, None]):
         await asyncio.shield(write)
 
     async def _put(self, entries: Mapping[Key, Entry]) -> None:
-        if self.context.terms.write:
+        leases, partition, late = self._in_flight.leases, self._ring.partition, dict[Key, float]()
+        if leases is not None and self._leased:
+            late = {key: age for key in entries if (age := leases.lapsed_s(key.address))}
+        if self.context.terms.write and len(late) < len(entries):
             # What was counted so far goes into the same transaction.
             self.ledger.is_written = True
-        await self._tiers.put_many(entries, self._ring.partition, self.context.terms)
+        if late:
+            # Another node may have bought them meanwhile.
+            age_s = max(late.values())
+            await self._tiers.put_late({key: entries[key] for key in late}, partition, age_s)
+        prompt = {key: entries[key] for key in entries if key not in late} if late else entries
+        await self._tiers.put_many(prompt, partition, self.context.terms)
         self._release((key.address for key in entries), is_written=True)
         self._hand_out(entries)
 

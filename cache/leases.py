@@ -34,8 +34,11 @@ class Leases(Protocol):
         """
         ...
 
-    def has_lapsed(self, address: bytes) -> bool:
-        """Tell whether a lease that this process holds may be another one's by now."""
+    def lapsed_s(self, address: bytes) -> float:
+        """Return for how long a lease that this process holds may have been another one's.
+
+        In seconds; 0 where it cannot have been.
+        """
         ...
 
     def release(self, addresses: Collection[bytes], *, is_written: bool) -> None:

@@ -331,6 +331,38 @@ class Tiers:
                 for key, entry in some.items():
                     self.memory.put(key.address, entry)
 
+    async def put_late(
+        self, entries: Mapping[Key, Entry], partition: Partition, age_s: float
+    ) -> None:
+        """Keep entries that were bought too late, as if that long ago: they replace nothing newer.
+
+        No counts are written along.
+        """
+        stored = time.time() - age_s
+        if self.shared is not None:
+            own = {key.address: entry for key, entry in entries.items()}
+            self.shared.put(own, partition, stored, replaces=False)
+        await self._store.put_older(
+            {
+                key.address: PendingRecord(record.encode(entry), partition, stored)
+                for key, entry in entries.items()
+            }
+        )
+
+    async def find_width(self, key: Key) -> int:
+        """Return the dimensions of the record of a key, if there is one; else 0."""
+        widths: list[int] = []
+
+        def note(raw: bytes) -> None:
+            if not record.is_damaged(raw, key.digest):
+                widths.append(record.width(raw) or 0)
+
+        for found in (await self._store.lookup([key.address])).values():
+            note(found.record)
+        if not widths and self.shared is not None:
+            await self.shared.lookup(Keys.from_keys([key]), 0, note)
+        return max(widths, default=0)
+
     def _is_purge_epoch(self, epoch: int) -> bool:
         """Tell whether another process has purged nothing since that epoch."""
         self.heed_purges()

@@ -89,9 +89,9 @@ class FileLeases:
                 granted.append(address)
         return granted
 
-    def has_lapsed(self, address: bytes) -> bool:  # noqa: ARG002 - as in `Leases`
-        """Tell whether a lease may be another process's by now: while this one lives, it is not."""
-        return False
+    def lapsed_s(self, address: bytes) -> float:  # noqa: ARG002 - as in `Leases`
+        """Return 0: no lease is another process's while this one holds it."""
+        return 0.0
 
     def release(self, addresses: Collection[bytes], *, is_written: bool) -> None:
         """Give leases back: at once, or after GRACE_S if their records were written."""

@@ -107,10 +107,10 @@ class RedisLeases:
             self._renewal = self._start(self._renew())
         return {address for address in addresses if address not in taken}
 
-    def has_lapsed(self, address: bytes) -> bool:
-        """Tell whether a lease was held and may be another node's by now."""
+    def lapsed_s(self, address: bytes) -> float:
+        """Return for how long a lease may have been another node's, in seconds; 0 = not at all."""
         held = self._held.get(address)
-        return held is not None and held.lapses <= asyncio.get_running_loop().time()
+        return 0.0 if held is None else max(0.0, asyncio.get_running_loop().time() - held.lapses)
 
     def release(self, addresses: Collection[bytes], *, is_written: bool) -> None:
         """Give leases back: soon, or after a while if their records were written."""

@@ -49,6 +49,7 @@ class FakeLeases:
         self.grants = Counter()
         self.asked = 0
         self.is_dead = False
+        self.late_s = 0.0
         self.unwritten = []
         """What was given back as written, and was not in the store."""
 
@@ -66,6 +67,9 @@ class FakeLeases:
                 assert self.table.pop(address) is self
             if is_written and address not in self.store.records:
                 self.unwritten.append(address)
+
+    def lapsed_s(self, _):
+        return self.late_s
 
     def kill(self):
         """Free all that it holds, as the kernel does."""
@@ -367,6 +371,31 @@ def test_a_call_that_was_begun_is_finished_though_nobody_waits():
         await first
         assert rig.bought == ["a", "b"]
         assert not rig.table.holders
+
+    run(work())
+
+
+@pytest.mark.parametrize("is_newer", [True, False])
+def test_what_was_bought_too_late_replaces_nothing_newer(is_newer):
+    """A process that was stopped meanwhile keeps, answers with and counts what it has bought."""
+
+    async def work():
+        rig = Rig()
+        one, two = rig.processes
+        one.inner.gate.shut()
+        late = one.ask("ab")
+        await settle()
+        newer = record.encode(entry_of("a", SPACE, tokens=99))
+        if is_newer:
+            rig.store.records[key_of("a", SPACE).address] = newer
+            rig.store.stored = time.time() - 2.0
+        one.leases.late_s = 5.0
+        one.inner.gate.open()
+        assert (await late).outcomes == [MISS, MISS]
+        assert (rig.store.records[key_of("a", SPACE).address] == newer) == is_newer
+        assert key_of("b", SPACE).address in rig.store.records
+        assert rig.store.flushed.misses == 2
+        assert (await two.ask("ab")).usage.hits == 2
 
     run(work())
 
