@@ -1,4 +1,4 @@
-"""A few rounds of `make shared`: replies are never crossed, and no fault of Redis fails a request."""
+"""Some of `make shared`: replies are never crossed, and no fault of Redis fails a request."""
 
 import shared_trial
 from redis_server import needs_redis
