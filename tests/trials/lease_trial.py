@@ -73,16 +73,21 @@ class Upstream:
         self._seen = seen
         self.victims: Iterable[int] = ()
         """Processes of which the next one to call is killed."""
+        self.has_killed = False
+        """Whether one was, in this round."""
 
     async def _reply(self, request: web.Request, payload: Payload) -> web.StreamResponse:
         texts = Call("", {}, payload).inputs
         if self.victims:
             pid = _caller(request, self.victims)
-            self.victims = ()
+            self.victims, self.has_killed = (), True
             self._seen.killed.update(texts)
             os.kill(pid, signal.SIGKILL)
         self._seen.bought.update(texts)
         await asyncio.sleep(CALL_S)
+        if self.has_killed and (request.transport is None or request.transport.is_closing()):
+            # Another call of the one that was killed: it had left before.
+            self._seen.killed.update(texts)
         return web.json_response(self.server.reply(payload))
 
 
@@ -180,6 +185,7 @@ async def through_workers(folder: Path, rounds: int, kills: int, count: int) -> 
     async with upstream.server, workers(folder, upstream.server.url, count) as (process, url):
         for number in range(rounds):
             pids = _children(process.pid)
+            upstream.has_killed = False
             if kills and number % max(1, rounds // kills) == 0:
                 upstream.victims = pids
             await one_round(url, number, seen)
