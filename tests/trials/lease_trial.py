@@ -73,36 +73,35 @@ class Upstream:
         self._seen = seen
         self.victims: Iterable[int] = ()
         """Processes of which the next one to call is killed."""
-        self.has_killed = False
-        """Whether one was, in this round."""
+        self._dead_ports: set[int] = set()
+        """Of the one that was killed last."""
 
     async def _reply(self, request: web.Request, payload: Payload) -> web.StreamResponse:
         texts = Call("", {}, payload).inputs
+        assert request.transport is not None
+        port = request.transport.get_extra_info("peername")[1]
         if self.victims:
-            pid = _caller(request, self.victims)
-            self.victims, self.has_killed = (), True
-            self._seen.killed.update(texts)
+            ports = {pid: _ports(pid) for pid in self.victims}
+            pid = next(pid for pid, own in ports.items() if port in own)
+            self.victims, self._dead_ports = (), ports[pid]
             os.kill(pid, signal.SIGKILL)
         self._seen.bought.update(texts)
         await asyncio.sleep(CALL_S)
-        if self.has_killed and (request.transport is None or request.transport.is_closing()):
-            # Another call of the one that was killed: it had left before.
+        if port in self._dead_ports:
+            # It may be another call than the one at which its process was killed.
             self._seen.killed.update(texts)
         return web.json_response(self.server.reply(payload))
 
 
-def _caller(request: web.Request, processes: Iterable[int]) -> int:
-    """Return which of some processes has opened the connection of a request."""
-    assert request.transport is not None
-    port = request.transport.get_extra_info("peername")[1]
+def _ports(pid: int) -> set[int]:
+    """Return the local ports of the connections of a process."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(descriptor.readlink().name.removeprefix("socket:[").rstrip("]"))
     rows = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
-    inodes = {row.split()[9] for row in rows if row.split()[1].endswith(f":{port:04X}")}
-    for pid in processes:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                if descriptor.readlink().name.removeprefix("socket:[").rstrip("]") in inodes:
-                    return pid
-    raise LookupError("none of the workers has called")
+    fields = [row.split() for row in rows]
+    return {int(field[1].rpartition(":")[2], 16) for field in fields if field[9] in inodes}
 
 
 @contextlib.asynccontextmanager
@@ -185,7 +184,6 @@ async def through_workers(folder: Path, rounds: int, kills: int, count: int) -> 
     async with upstream.server, workers(folder, upstream.server.url, count) as (process, url):
         for number in range(rounds):
             pids = _children(process.pid)
-            upstream.has_killed = False
             if kills and number % max(1, rounds // kills) == 0:
                 upstream.victims = pids
             await one_round(url, number, seen)
