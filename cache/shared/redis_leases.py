@@ -107,10 +107,11 @@ class RedisLeases:
             self._renewal = self._start(self._renew())
         return {address for address in addresses if address not in taken}
 
-    def lapsed_s(self, address: bytes) -> float:
-        """Return for how long a lease may have been another node's, in seconds; 0 = not at all."""
-        held = self._held.get(address)
-        return 0.0 if held is None else max(0.0, asyncio.get_running_loop().time() - held.lapses)
+    def lapsed_s(self, addresses: Collection[bytes]) -> float:
+        """Return for how long one of the leases held here may have been another node's."""
+        now = asyncio.get_running_loop().time()
+        lapses = (self._held[address].lapses for address in addresses if address in self._held)
+        return max(0.0, now - min(lapses, default=now))
 
     def release(self, addresses: Collection[bytes], *, is_written: bool) -> None:
         """Give leases back: soon, or after a while if their records were written."""
