@@ -9,6 +9,7 @@ While Redis cannot be reached, or refuses, the lease of the machine alone decide
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from typing import Any
 from embedding_proxy.cache.leases import Leases
 
 from .client import Answer, Command, RedisClient
+from .node import Refused
+
+log = logging.getLogger("embedding_proxy.shared")
 
 KIND = "lease"
 TTL_S = 3.0
@@ -56,6 +60,7 @@ class RedisLeases:
         self._held: dict[bytes, _Held] = {}
         self._written: dict[bytes, bytes] = {}
         """Tokens of leases that are left to expire, by address, the oldest first."""
+        self._has_warned = False
         self._renewal: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -156,7 +161,16 @@ class RedisLeases:
         for address, token in tokens.items():
             key = self._redis.key(KIND, address)
             commands.append(Command(key, (b"EVAL", KEEP, 1, key, token, round(1000 * seconds))))
-        return await self._redis.exchange(commands, max(LIMIT_S, self._redis.options.limit_s))
+        limit_s = max(LIMIT_S, self._redis.options.limit_s)
+        answers = await self._redis.exchange(commands, limit_s)
+        refused = next((answer for answer in answers if isinstance(answer, Refused)), None)
+        if refused is not None and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "leases at %s cannot be renewed or given back, and lapse after %g s: %s",
+                *(self._redis.name, TTL_S, refused.message),
+            )
+        return answers
 
     async def _renew(self) -> None:
         """Renew what is held, again and again, until nothing is."""

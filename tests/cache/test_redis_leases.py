@@ -141,6 +141,19 @@ async def test_without_redis_each_machine_decides(tmp_path, fault):
             assert [*await neighbour.acquire(ADDRESSES)] == ADDRESSES[4:]
 
 
+async def test_a_user_that_may_run_no_script_is_told(tmp_path, caplog):
+    """Then leases lapse by themselves."""
+    with redis_server("--rename-command", "EVAL", "") as server:
+        async with nodes(server, tmp_path) as (leases,):
+            assert [*await leases.acquire(ADDRESSES)] == ADDRESSES
+            leases.release(ONE, is_written=False)
+            leases.release(ADDRESSES[1:], is_written=False)
+        assert 0 < left_ms(server, ADDRESSES[0]) <= 1000 * redis_leases.TTL_S
+    said = [one.getMessage() for one in caplog.records if "leases" in one.getMessage()]
+    assert len(said) == 1
+    assert "lapse after 3 s: ERR unknown command" in said[0]
+
+
 async def test_a_cancelled_attempt_holds_nothing(tmp_path):
     """Whether or not Redis had taken it down by then."""
     with redis_server() as server:
