@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import subprocess
 
+from embedding_proxy.cache.disk.file_leases import FileLeases
 from embedding_proxy.cache.shared.address import RedisOptions, parse
 from embedding_proxy.cache.shared.client import UNAVAILABLE, Command, RedisClient
+from embedding_proxy.cache.shared.redis_leases import RedisLeases
 from ports import own_port
 from redis_server import RedisServer, needs_redis
 from shared_nodes import Nodes, ask, filled, is_right, tier
@@ -64,6 +66,26 @@ async def test_a_cluster_is_asked_by_slot_and_followed_when_slots_move():
             for node in (target, owner):
                 node.call("CLUSTER", "SETSLOT", slot, "NODE", names[id(target)])
             assert await redis.get_many([key, *keys]) == [b"v", *keys]
+
+
+async def test_leases_of_a_cluster_have_one_holder(tmp_path):
+    """Those of one request are on several servers, and each is asked for its own."""
+    addresses = [bytes([number]) * 16 for number in range(100)]
+    with cluster() as servers_of_cluster:
+        async with contextlib.AsyncExitStack() as stack:
+            one, other = [
+                RedisLeases(FileLeases(tmp_path / name), await stack.enter_async_context(redis))
+                for name in ("one", "other")
+                for redis in [client(f"redis+cluster://127.0.0.1:{servers_of_cluster[0].port}")]
+            ]
+            assert len(await one.acquire(addresses)) == 100
+            assert all(node.keys("embedding-proxy:1:lease:*") for node in servers_of_cluster)
+            assert not await other.acquire(addresses)
+            one.release(addresses, is_written=False)
+            await one.aclose()
+            assert len(await other.acquire(addresses)) == 100
+            await other.aclose()
+            assert not any(node.keys("embedding-proxy:1:lease:*") for node in servers_of_cluster)
 
 
 async def test_one_server_of_a_cluster_that_is_gone_takes_only_its_keys():

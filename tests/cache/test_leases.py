@@ -235,6 +235,24 @@ def test_a_look_up_is_trusted_for_a_moment(age):
     run(work())
 
 
+def test_namespaces_and_spaces_wait_for_nothing_of_each_other():
+    """The lease is of one record: of a text in one namespace and one space."""
+
+    async def work():
+        rig = Rig()
+        one, two = rig.processes
+        one.inner.gate.shut()
+        first = one.ask("a")
+        await settle()
+        await two.ask("a", namespace="another")
+        await two.embedder.embed(Space("m", 3, parameters=(("p", b"1"),)), ["a"], Context())
+        assert two.inner.asked == ["a", "a"]
+        one.inner.gate.open()
+        await first
+
+    run(work())
+
+
 @pytest.mark.parametrize("terms", [CachePolicy(write=False), CachePolicy(max_age=0)], ids=str)
 def test_who_leaves_no_trace_or_takes_no_entry_has_no_part_in_it(terms):
     """Such requests wait for no lease, and nobody waits for them."""
