@@ -48,8 +48,8 @@ NOUNS = {
     "tracing",
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
-TERMS = {"blocking", "in_flight"}
-"""The field's own terms: blocking calls, requests in flight."""
+TERMS = {"blocking", "in_flight", "shared"}
+"""The field's own terms: blocking calls, requests in flight, the shared tier."""
 
 SEEN_BY_CACHE = {
     "providers.base",
@@ -85,6 +85,7 @@ DOORS = {
         "cache/disk/write_ahead_log.py",
     },
     "pyarrow": {"proxy/importers/parquet.py"},
+    "redis": {"cache/shared/client.py", "cache/shared/node.py"},
     "qdrant_client": {
         "index/collection_reader.py",
         "index/client.py",
@@ -101,6 +102,7 @@ DOORS = {
         "proxy/config/models.py",
         "proxy/config/providers.py",
         "proxy/config/schema.py",
+        "proxy/config/shared.py",
         "proxy/config/validation.py",
     },
 }

@@ -39,10 +39,11 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "look-up and purchase": (
             "cache/embedder.py",
             "cache/in_flight.py",
+            "cache/shared_task.py",
             "cache/cached_hit.py",
             "cache/tiers.py",
         ),
-        "disk": ("cache/disk/",),
+        "disk, shared": ("cache/disk/", "cache/shared/"),
         "keys, records, ledger": ("cache/",),
     },
     "providers": {

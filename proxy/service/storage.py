@@ -5,18 +5,26 @@ nothing that is in memory is lost, and a purchase that is under way is waited fo
 """
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+from embedding_proxy.cache.disk.file_leases import FileLeases
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.shared.address import RedisOptions
 from embedding_proxy.cache.tiers import Tiers
-from embedding_proxy.proxy.config.schema import Cache
+from embedding_proxy.proxy.config.errors import ConfigError
+from embedding_proxy.proxy.config.schema import Cache, Settings
 
 from . import drift_check
 from .budgets import Budgets
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
+
+if TYPE_CHECKING:
+    from embedding_proxy.cache.shared.redis_leases import RedisLeases
+    from embedding_proxy.cache.shared.tier import SharedTier
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -28,9 +36,13 @@ REPLIES_SHARE = 0.5
 class Storage:
     """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
 
-    def __init__(self, cache: Cache, workers: int = 1) -> None:
-        """`workers` is how many processes buy on the account of one client at the same time."""
+    def __init__(self, cache: Cache, workers: int = 1, shared: "SharedTier | None" = None) -> None:
+        """`workers` is how many processes buy on the account of one client at the same time.
+
+        `shared` is the tier of several machines (see `shared_tier`); it is opened and closed here.
+        """
         self.cache = cache
+        self.shared = shared
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
             cache.directory,
@@ -41,9 +53,11 @@ class Storage:
             pinned=(*cache.pinned_namespaces, drift_check.NAMESPACE),
         )
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
-        self.tiers = Tiers(self.memory, self.store)
+        self.tiers = Tiers(self.memory, self.store, shared)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
-        self.in_flight = InFlight()
+        self._leases = FileLeases(self.store.folder)
+        self._shared_leases = _shared_leases(self._leases, shared)
+        self.in_flight = InFlight(self._shared_leases or self._leases)
         self.budgets = Budgets(self.store, workers)
         """What clients with budgets have spent."""
         self.counts_owner: object = None
@@ -56,7 +70,13 @@ class Storage:
         """Hold it; the first one opens it. Raises StoreError if the directory cannot be used."""
         async with self._opening:
             if not self._holders:
+                self._stack.callback(self._leases.close)
                 await self._stack.enter_async_context(self.store)
+                if self.shared is not None:
+                    await self._stack.enter_async_context(self.shared)
+                    self._stack.push_async_callback(self.tiers.flush_copies)
+                if self._shared_leases is not None:
+                    self._stack.push_async_callback(self._shared_leases.aclose)
                 await self.learned.refresh()
             self._holders += 1
         return self
@@ -67,3 +87,58 @@ class Storage:
             self._holders -= 1
             if not self._holders:
                 await self._stack.aclose()
+
+
+def _shared_leases(local: FileLeases, shared: "SharedTier | None") -> "RedisLeases | None":
+    if shared is None:
+        return None
+    from embedding_proxy.cache.shared.redis_leases import RedisLeases  # noqa: PLC0415 - an extra
+
+    return RedisLeases(local, shared.redis)
+
+
+def shared_tier(settings: Settings, limit_s: float | None = None) -> "SharedTier | None":
+    """Return the tier of `cache.shared`, not yet opened; None without. Raises ConfigError.
+
+    `limit_s` is another time limit of its exchanges than the configured one.
+    """
+    shared = settings.cache.shared
+    if shared is None:
+        return None
+    try:
+        # An extra: nothing imports it where it is not configured.
+        from embedding_proxy.cache.shared.client import RedisClient  # noqa: PLC0415
+        from embedding_proxy.cache.shared.tier import SharedTier  # noqa: PLC0415
+    except ImportError as error:
+        remedy = "needs the extra `redis`: pip install 'redis[hiredis]>=8'"
+        raise ConfigError(settings.problem(("cache", "shared"), remedy)) from error
+    redis = RedisClient(
+        RedisOptions(
+            shared.address,
+            prefix=shared.prefix,
+            username=shared.username or "",
+            password=_secret(settings, "password_env"),
+            sentinel_password=_secret(settings, "sentinel_password_env"),
+            ca_file=None if shared.ca_file is None else str(shared.ca_file),
+            limit_s=limit_s or shared.timeout_ms / 1000,
+            max_connections=shared.max_connections,
+        )
+    )
+    ages = [days for days in (shared.ttl_days, settings.cache.ttl_days) if days is not None]
+    return SharedTier(
+        redis,
+        ttl_s=min(ages) * DAY if ages else None,
+        is_float16=shared.element_type == "float16",
+    )
+
+
+def _secret(settings: Settings, key: str) -> str:
+    """Return what the variable holds that a key of `cache.shared` names. Raises ConfigError."""
+    variable = getattr(settings.cache.shared, key)
+    if variable is None:
+        return ""
+    secret = os.environ.get(variable, "")
+    if not secret:
+        problem = f"the variable {variable} is not set"
+        raise ConfigError(settings.problem(("cache", "shared", key), problem))
+    return secret
