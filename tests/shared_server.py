@@ -10,6 +10,14 @@ from typing import Any
 import pytest
 import redis.asyncio
 import redis.exceptions
+from embedding_proxy.cache.shared.address import parse
+from embedding_proxy.cache.shared.client import (
+    UNAVAILABLE,
+    Answer,
+    Command,
+    RedisClient,
+    RedisOptions,
+)
 
 from tests.ports import own_port
 
@@ -18,31 +26,27 @@ BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
 needs_redis = pytest.mark.skipif(BINARY is None, reason="there is no redis-server here")
 
 
-class PlainClient:
-    """An `Exchanger` on one connection, and a switch that makes the server unavailable."""
+class SwitchedClient(RedisClient):
+    """A client that waits long enough for a slow machine, and can be made unavailable."""
 
     def __init__(self, port: int) -> None:
-        self.redis = redis.asyncio.Redis(port=port, socket_timeout=5)
-        self.is_available = True
+        super().__init__(RedisOptions(parse(f"redis://127.0.0.1:{port}"), limit_s=20.0))
+        self.is_off = False
         self.exchanges = 0
 
-    def key(self, name: str) -> bytes:
-        """Return the key of that name."""
-        return b"test:" + name.encode()
-
-    async def exchange(self, commands: Sequence[Sequence[Any]]) -> list[Any] | None:
-        """Return the replies; None while the server is unavailable."""
+    async def exchange(
+        self, commands: Sequence[Command], limit_s: float | None = None
+    ) -> list[Answer]:
+        """Return the replies; UNAVAILABLE for each while it is off."""
         self.exchanges += 1
-        if not self.is_available:
-            return None
-        try:
-            return [await self.redis.execute_command(*command) for command in commands]
-        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
-            return None
+        if self.is_off:
+            return [UNAVAILABLE] * len(commands)
+        return await super().exchange(commands, None if limit_s is None else 20.0)
 
-    async def aclose(self) -> None:
-        """Close the connection."""
-        await self.redis.aclose()
+    async def command(self, *words: bytes | str | float) -> Any:
+        """Return the reply to one command."""
+        (answer,) = await super().exchange([Command(None, words)])
+        return answer
 
 
 @contextlib.asynccontextmanager
@@ -68,10 +72,7 @@ async def redis_port() -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def clients(count: int) -> AsyncIterator[list[PlainClient]]:
+async def clients(count: int) -> AsyncIterator[list[SwitchedClient]]:
     """Give clients of one server."""
     async with redis_port() as port, contextlib.AsyncExitStack() as stack:
-        opened = [PlainClient(port) for _ in range(count)]
-        for client in opened:
-            stack.push_async_callback(client.aclose)
-        yield opened
+        yield [await stack.enter_async_context(SwitchedClient(port)) for _ in range(count)]

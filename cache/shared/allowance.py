@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 from embedding_proxy.providers.allowance import Reservation
 
-from .script import Exchanger, Script
+from .client import RedisClient
+from .script import Script
 
 KINDS = ("requests", "tokens")
 
@@ -58,13 +59,13 @@ class Allowance:
 
     def __init__(
         self,
-        client: Exchanger,
+        client: RedisClient,
         name: str,
         limits: Mapping[str, float],
         count_nodes: Callable[[], int] = lambda: 1,
     ) -> None:
         self._client = client
-        self._key = client.key(f"limits:{name}")
+        self._key = client.key("limits", name.encode())
         self._limits = limits
         self._count_nodes = count_nodes
         self._number = b""

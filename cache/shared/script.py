@@ -5,20 +5,13 @@ and knows the compiled form by its digest. All keys of one script hash to one sl
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
+
+from .client import UNAVAILABLE, Command, RedisClient
+from .node import Refused
 
 Word: TypeAlias = bytes | str | int | float
 """A part of a command."""
-
-
-class Exchanger(Protocol):
-    """What sends commands to the shared Redis, within its time limit. Never raises."""
-
-    def key(self, name: str) -> bytes:
-        """Return the key of that name, with the prefix of this format version."""
-
-    async def exchange(self, commands: Sequence[Sequence[Word]]) -> list[Any] | None:
-        """Return the replies to some commands for one slot; None if they are not had in time."""
 
 
 class Script:
@@ -28,14 +21,21 @@ class Script:
         self._source = source
 
     async def run(
-        self, client: Exchanger, keys: Sequence[bytes], arguments: Sequence[Word] = ()
+        self,
+        client: RedisClient,
+        keys: Sequence[bytes],
+        arguments: Sequence[Word] = (),
+        limit_s: float | None = None,
     ) -> Any:  # noqa: ANN401 - what the script returns
-        """Return the reply; None if it is not had: then nobody knows whether the script has run."""
-        command = ("EVAL", self._source, len(keys), *keys, *arguments)
-        replies = await client.exchange([command])
-        return None if replies is None or is_refusal(replies[0]) else replies[0]
+        """Return the reply; None if it is not had: then nobody knows whether the script has run.
+
+        `limit_s` is another time limit than the client's. Never raises.
+        """
+        words = ("EVAL", self._source, len(keys), *keys, *arguments)
+        return await ask(client, Command(keys[0], words), limit_s)
 
 
-def is_refusal(reply: object) -> bool:
-    """Tell whether a reply is the server's refusal, and no value."""
-    return not isinstance(reply, bytes | int | list | None)
+async def ask(client: RedisClient, command: Command, limit_s: float | None = None) -> Any:  # noqa: ANN401
+    """Return the reply to one command; None if it is not had, or the server refuses."""
+    (answer,) = await client.exchange([command], limit_s)
+    return None if answer is UNAVAILABLE or isinstance(answer, Refused) else answer

@@ -1,6 +1,7 @@
 """One allowance of a provider for all nodes: never passed together, and nobody waits without it."""
 
 import asyncio
+import itertools
 
 import pytest
 from embedding_proxy.cache.shared.allowance import Allowance
@@ -16,8 +17,8 @@ ONE = {"requests": 1, "tokens": 10}
 
 
 async def _now(client):
-    seconds, micro = await client.redis.execute_command("TIME")
-    return seconds + micro / 1e6
+    seconds, micro = await client.command("TIME")
+    return int(seconds) + int(micro) / 1e6
 
 
 @needs_redis
@@ -56,7 +57,7 @@ async def test_calls_that_wait_are_in_one_queue():
             (await allowances[number % 2].reserve(ONE, 1e9, NO, NO)).wait_s for number in range(5)
         ]
         assert waits[0] == 0
-        assert all(later - earlier > 50 for earlier, later in zip(waits, waits[1:], strict=False))
+        assert all(later - earlier > 50 for earlier, later in itertools.pairwise(waits))
 
 
 @needs_redis
@@ -77,7 +78,7 @@ async def test_an_emptied_server_is_told_what_was_taken():
         mine, theirs = (Allowance(node, "p", LIMITS) for node in nodes)
         for one in (mine, theirs):
             await one.reserve(ONE, 0.0, NO, NO)
-        await nodes[0].redis.flushall()
+        await nodes[0].command("FLUSHALL")
         taken = {"requests": 3.0, "tokens": 30.0}
         began = await _now(nodes[0])
         replies = [
@@ -155,7 +156,7 @@ async def test_a_call_that_is_cancelled_while_it_waits_gives_its_room_back():
 
 
 async def test_each_node_keeps_to_its_share_while_nobody_can_be_asked():
-    """Two nodes without the server make no more calls together than the limit; all is told later."""
+    """Two nodes without the server make no more calls than the limit together, and tell."""
     clock = _Clock()
     allowance = _Scripted(None, None, None, Reservation(0.0, is_reserved=True))
     limiter = _limiter(allowance, clock)
