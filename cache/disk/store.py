@@ -318,6 +318,42 @@ class Store:
             # Whatever it is, the next reading of records finds it, and says so.
             return None
 
+    async def announce_purge(self) -> bool:
+        """Let all processes of this folder forget what they hold in memory; False if that fails."""
+        target = self._disk.file
+        if target is None:
+            return False
+        try:
+            await self._disk.write(partial(purge.announce, target, 0))
+        except FAILURES as error:
+            log.warning("a purge cannot be announced: %s", error)
+            return False
+        self.heed_purges()
+        return True
+
+    async def purge(self, choice: purge.PurgeFilter, before: float) -> int | None:
+        """Delete the chosen entries that were stored before a time; return how many.
+
+        The time is in seconds since 1970. None = not all could be deleted now. Never raises.
+        """
+        await self._salvager.finished()
+        target = self._disk.file
+        if target is None or not self._writer.ready:
+            return None
+        deleted = 0
+        try:
+            for one in (choice, *purge.spillover(choice)):
+                steps = purge.delete(target, one, before=before)
+                while (count := await self._disk.write(partial(next, steps, None))) is not None:
+                    deleted += count
+            if deleted:
+                await self._disk.write(partial(purge.announce, target, deleted))
+        except FAILURES as error:
+            log.warning("deleting what was purged on another node failed: %s", error)
+            return None
+        self.heed_purges()
+        return deleted
+
     async def _expire(self, before: float) -> None:
         """Delete what is too old, unless another process is at it."""
         target = self._disk.file

@@ -6,17 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
-from embedding_proxy.cache.disk import bounds, purge, salvage
+from embedding_proxy.cache.disk import purge, salvage
 from embedding_proxy.cache.disk.connection import DiskFull
 from embedding_proxy.cache.disk.database import is_damage
 from embedding_proxy.cache.disk.exclusive_file import open_alone
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.disk.store import TICK_SECONDS
-from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
+from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
 from embedding_proxy.index.outbox import (
     JOURNAL,
@@ -26,7 +26,6 @@ from embedding_proxy.index.outbox import (
     select_entries,
 )
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
-from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.charge import NANO
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
@@ -227,11 +226,7 @@ def _look_up(
         check_known(settings, file, namespace, space)
     choices = [
         choice,
-        *(
-            filter_
-            for filter_ in _shared_partitions(choice)
-            if purge.count_entries(file, filter_)[0]
-        ),
+        *(filter_ for filter_ in purge.spillover(choice) if purge.count_entries(file, filter_)[0]),
     ]
     counts = [purge.count_entries(file, filter_) for filter_ in choices]
     entries, held = (sum(column) for column in zip(*counts, strict=True))
@@ -273,21 +268,6 @@ def _delete(file: purge.WritableFile, choices: Sequence[purge.PurgeFilter], entr
         if deleted and not purge.announce(file, deleted):
             wait(2 * TICK_SECONDS)  # By then, running proxies have noticed.
     return deleted
-
-
-def _shared_partitions(choice: purge.PurgeFilter) -> list[purge.PurgeFilter]:
-    """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
-
-    See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
-    """
-    filters = []
-    rest = None if choice.space is None else bounds.rest_of(current_label(choice.space))
-    if rest is not None and rest != choice.space:
-        filters.append(replace(choice, space=rest))
-    is_chosen_by_name = choice.namespace is not None or choice.space is not None
-    if is_chosen_by_name and choice.namespace != OTHER_NAMESPACE:
-        filters.append(replace(choice, namespace=OTHER_NAMESPACE, space=None))
-    return filters
 
 
 @contextmanager
