@@ -69,6 +69,14 @@ class LoggedPurge:
         return orjson.dumps({"id": self.id, "at": self.at, **given})
 
 
+def time_of_purge(now: float) -> float:
+    """Return the `at` of a purge that is asked for now.
+
+    The disk knows the times of entries in whole milliseconds; those of this one are purged, too.
+    """
+    return math.ceil(1000 * now) / 1000 + 0.0005
+
+
 def decode(content: bytes) -> LoggedPurge:
     """Return a purge from its JSON. Raises ValueError."""
     try:
@@ -189,6 +197,7 @@ class PurgeLog:
         self.path = folder / FILE_NAME
         self._lock_path = folder.parent / LOCK_NAME
         self._seen: tuple[int, int] | None = None
+        self._latest: tuple[tuple[int, int] | None, PurgeRecord] = (None, PurgeRecord())
         self.rules = PurgeRules()
 
     def read(self) -> PurgeRecord:
@@ -204,6 +213,25 @@ class PurgeLog:
         except (KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged, and is learned anew: %s", self.path, error)
             return PurgeRecord()
+
+    def peek(self) -> PurgeRecord:
+        """Return the same, not to be changed; it is read only if it may have changed."""
+        seen = self._stamp()
+        if seen is None or seen != self._latest[0]:
+            self._latest = seen, self.read()
+        return self._latest[1]
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Return what changes with the file; None where there is none. Raises OSError."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+    def mark_done(self, purge: str) -> None:
+        """Note that this node has deleted what a purge is about. Raises OSError, TimeoutError."""
+        self.change(lambda record: record.mark_done(purge))
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[PurgeRecord]:
@@ -235,13 +263,10 @@ class PurgeLog:
     def refresh(self) -> bool:
         """Read the rules anew if the file has changed; return whether it has. Never raises."""
         try:
-            status = self.path.stat()
-            seen = status.st_mtime_ns, status.st_ino
-            if seen == self._seen:
+            seen = self._stamp()
+            if seen is None or seen == self._seen:
                 return False
             self.rules = PurgeRules(self.read().purges.values())
-        except FileNotFoundError:
-            return False
         except OSError as error:
             log.warning("%s cannot be read: %s", self.path, error)
             return False

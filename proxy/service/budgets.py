@@ -159,7 +159,7 @@ class Budgets:
         buys nothing else meanwhile. Waits until there is room. Raises BudgetExceeded.
         """
         client = self._client(name)
-        purchase = _Purchase(amount)
+        purchase = _PendingPurchase(amount)
         renewal: asyncio.Task[None] | None = None
         try:
             async with client.turn:
@@ -189,7 +189,11 @@ class Budgets:
                 task.add_done_callback(self._tasks.discard)
 
     async def _fits(
-        self, client: "_ClientSpending", name: str, limit: SpendingLimit, purchase: "_Purchase"
+        self,
+        client: "_ClientSpending",
+        name: str,
+        limit: SpendingLimit,
+        purchase: "_PendingPurchase",
     ) -> bool:
         # Taken before the sums are read: what ends meanwhile counts twice then, and never not.
         client.is_released.clear()
@@ -218,7 +222,7 @@ class Budgets:
         return is_alone or (purchase.amount > 0 and reserved + purchase.amount <= share)
 
     async def _renew(
-        self, shared: SharedSpending, name: str, limit: SpendingLimit, purchase: "_Purchase"
+        self, shared: SharedSpending, name: str, limit: SpendingLimit, purchase: "_PendingPurchase"
     ) -> None:
         """Keep what is reserved for as long as a purchase lasts."""
         while True:
@@ -278,7 +282,7 @@ class _ClientSpending:
         self.charged += sum(bill.nanodollars)
 
 
-class _Purchase:
+class _PendingPurchase:
     """One that is to be made, or is under way."""
 
     def __init__(self, amount: int) -> None:

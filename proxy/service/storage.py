@@ -5,7 +5,9 @@ nothing that is in memory is lost, and a purchase that is under way is waited fo
 """
 
 import asyncio
+import logging
 import os
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
@@ -24,6 +26,10 @@ from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 if TYPE_CHECKING:
     from embedding_proxy.cache.shared.client import RedisClient
 
+    from .membership import Membership
+
+log = logging.getLogger("embedding_proxy.shared")
+
 MIB = 1 << 20
 GIB = 1 << 30
 DAY = 86_400
@@ -34,12 +40,23 @@ REPLIES_SHARE = 0.5
 class Storage:
     """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
 
-    def __init__(self, cache: Cache, workers: int = 1, redis: "RedisClient | None" = None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        workers: int = 1,
+        redis: "RedisClient | None" = None,
+        node: str = "",
+    ) -> None:
         """`workers` is how many processes buy on the account of one client at the same time.
 
         `redis` is what other machines use too (see `redis_client`); it is opened and closed here.
+        `node` is this machine's name among them.
         """
         self.cache = cache
+        self.node = node
+        self.membership: Membership | None = None
+        """What this node knows of others; None without `redis`, and where the folder is not
+        writable."""
         self.redis = redis
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
@@ -69,9 +86,30 @@ class Storage:
                 await self._stack.enter_async_context(self.store)
                 if self.redis is not None:
                     await self._stack.enter_async_context(self.redis)
+                    await self._join(self.redis)
                 await self.learned.refresh()
             self._holders += 1
         return self
+
+    async def _join(self, redis: "RedisClient") -> None:
+        """Become one of the nodes that share a Redis."""
+        # As the client: where it is not configured, nothing imports it.
+        from embedding_proxy.cache.shared.registry import NodeName, read_node_id  # noqa: PLC0415
+        from embedding_proxy.cache.shared.spending import SharedSpending  # noqa: PLC0415
+
+        from .membership import Membership  # noqa: PLC0415
+
+        try:
+            identity = await asyncio.to_thread(read_node_id, self.cache.directory)
+        except OSError as error:
+            log.warning("this node has no part in what nodes share: %s", error)
+            return
+        node = NodeName(identity, self.node)
+        self.membership = membership = Membership(redis, self.store, self.budgets, node)
+        self.budgets.share(SharedSpending(redis, identity), lambda: membership.alive)
+        self._stack.push_async_callback(self.budgets.aclose)
+        self.tiers.is_purged = membership.is_purged
+        await self._stack.enter_async_context(membership)
 
     async def __aexit__(self, *exc: object) -> None:
         """Let go of it; the last one closes it."""
@@ -79,6 +117,14 @@ class Storage:
             self._holders -= 1
             if not self._holders:
                 await self._stack.aclose()
+
+
+def make_storage(settings: Settings) -> Storage:
+    """Return the storage that a configuration names, not yet opened. Raises ConfigError."""
+    server = settings.server
+    return Storage(
+        settings.cache, server.workers, redis_client(settings), server.node or socket.gethostname()
+    )
 
 
 def redis_client(settings: Settings) -> "RedisClient | None":

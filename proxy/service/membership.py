@@ -1,0 +1,312 @@
+"""This node among those that share a Redis: it says that it is alive, and learns what others did.
+
+Every process of a node is a member; one of them, the keeper, beats for all. The keeper holds a lock
+in the cache folder; when it ends, another process takes over. It tells the sums of the ledger and
+what clients were billed, learns of purges, and makes them. The others notice these by the signal
+of the store (`cache.disk.purge`), and read the rules that hold from then on in the purge log.
+
+Nothing here fails a request, and no request waits for it. What cannot be told is told later.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from types import TracebackType
+from typing import Self
+
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.cache.disk.purge import PurgeFilter
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, Line
+from embedding_proxy.cache.shared.allowance import Allowance
+from embedding_proxy.cache.shared.client import RedisClient
+from embedding_proxy.cache.shared.purge_exchange import (
+    NodeReceipt,
+    PurgeExchange,
+    PurgeState,
+)
+from embedding_proxy.cache.shared.purge_log import LoggedPurge, PurgeLog, PurgeRecord
+from embedding_proxy.cache.shared.registry import (
+    BEAT_S,
+    COLUMNS,
+    NodeName,
+    NodeState,
+    Registry,
+)
+
+from .budgets import Budgets
+
+log = logging.getLogger("embedding_proxy.shared")
+
+KEEPER_LOCK = "node.lock"
+APPLY_LOCK = "purge.lock"
+"""In the cache folder: whoever holds it deletes what was purged."""
+SUMS_S = 15.0
+"""Seconds between two times that the sums of the ledger are told; more where they take long."""
+_SUMS_SHARE = 20
+KNOWN_S = 600.0
+"""How often the purge log notes that this node knows all purges."""
+MAX_AHEAD_S = 1.0
+"""A clock that differs by more is worth a warning."""
+
+
+class Membership:
+    """Open it with `async with`, after the store and the client. For one event loop."""
+
+    def __init__(
+        self,
+        client: RedisClient,
+        store: Store,
+        budgets: Budgets,
+        node: NodeName,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` gives seconds: it is only for what is done now and then."""
+        self.node = node
+        self._client = client
+        self.registry = Registry(client, node, version("embedding-proxy"))
+        self.exchange = PurgeExchange(client)
+        self.log = PurgeLog(store.folder)
+        self.alive = 1
+        """Nodes that are alive, as far as is known; they share what is per node."""
+        self.conflict = ""
+        """"name" or "id" where another node has the same one."""
+        self.ahead_s = 0.0
+        """By how much the clock of this machine is ahead of the server's."""
+        self._store = store
+        self._budgets = budgets
+        self._clock = clock
+        self._directory = store.folder.parent
+        self._lock: WriterLock | None = None
+        self._state: PurgeState | None = None
+        self._known_at = self._sums_at = float("-inf")
+        self._sums_wait_s = SUMS_S
+        self._receipts: list[tuple[str, NodeReceipt]] = []
+        """Those that are not told yet."""
+        self._pending: list[LoggedPurge] = []
+        """Purges that this node has not made yet."""
+        self._applying: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Learn what was purged while this node was away, as far as the server answers."""
+        forget = self._store.on_purge
+
+        def heed() -> None:
+            self.log.refresh()
+            forget()
+
+        self._store.on_purge = heed
+        self.log.refresh()
+        await self._tick_safely()
+        self._ticking = asyncio.create_task(self._tick_forever())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for task in (self._ticking, self._applying):
+            if task is not None:
+                await task
+        if self.is_keeper:
+            await self._budgets.publish()
+            await self._tell_sums()
+            await self.registry.leave()
+        self._let_go()
+
+    @property
+    def is_keeper(self) -> bool:
+        """Whether this process beats for the node."""
+        return self._lock is not None
+
+    def is_purged(self, partition: Partition, address: bytes, stored: float) -> bool:
+        """Tell whether an entry that was stored at a time is purged; see `PurgeRules`."""
+        return self.log.rules.is_purged(partition, address, stored)
+
+    def allowance(self, name: str, limits: Mapping[str, float]) -> Allowance:
+        """Return what counts the limits a minute of a provider's account for all nodes."""
+        return Allowance(self._client, name, limits, lambda: self.alive)
+
+    async def nodes(self) -> Sequence[NodeState] | None:
+        """Return all nodes, with the sums of their ledgers; None while the server is away."""
+        nodes = await self.registry.read()
+        return None if nodes is None else nodes.nodes
+
+    async def _tick_forever(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._stop.wait()
+            if not self._stop.is_set():
+                await self._tick_safely()
+
+    async def _tick_safely(self) -> None:
+        try:
+            await self.tick()
+        except Exception:
+            # Nobody awaits the task: were it to end, nothing would be learned any more.
+            log.exception("what nodes tell one another failed")
+
+    async def tick(self) -> None:
+        """Do once what is done every BEAT_S seconds."""
+        if not (self.is_keeper or self._take_over()):
+            nodes = await self.registry.read(has_sums=False)
+            if nodes is not None:
+                self.alive = max(1, sum(node.is_alive for node in nodes.nodes))
+            return
+        beat = await self.registry.beat()
+        if beat is not None:
+            self.alive = beat.alive
+            self._note_conflict(beat.conflict)
+            self._note_clock(beat.ahead_s)
+            await self._learn(beat.now)
+        await self._apply()
+        if beat is not None and self._clock() >= self._sums_at + self._sums_wait_s:
+            began = self._clock()
+            await self._budgets.publish()
+            await self._tell_sums()
+            self._sums_at = self._clock()
+            self._sums_wait_s = max(SUMS_S, _SUMS_SHARE * (self._sums_at - began))
+
+    def _take_over(self) -> bool:
+        """Become the keeper unless another process is; return whether this is it now."""
+        try:
+            lock = WriterLock(self._directory / KEEPER_LOCK, 0)
+        except OSError:
+            return False
+        try:
+            lock.__enter__()
+        except TimeoutError:
+            lock.close()
+            return False
+        self._lock = lock
+        return True
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+            self._lock.close()
+            self._lock = None
+
+    def _note_conflict(self, conflict: str) -> None:
+        if conflict and conflict != self.conflict:
+            what = (
+                f"the name {self.node.name!r}: give each node its own, server.node"
+                if conflict == "name"
+                else "the file node-id of its cache folder: remove it there from a copied folder"
+            )
+            log.warning("another node that is alive has %s", what)
+        self.conflict = conflict
+
+    def _note_clock(self, ahead_s: float) -> None:
+        if abs(ahead_s) > MAX_AHEAD_S >= abs(self.ahead_s):
+            log.warning(
+                "the clock of this machine is %.1f s %s that of the shared Redis: set it right,"
+                " for purges and ages go by it",
+                *(abs(ahead_s), "ahead of" if ahead_s > 0 else "behind"),
+            )
+        self.ahead_s = ahead_s
+
+    async def _learn(self, now: float) -> None:
+        """Tell the purges that others do not know, and learn theirs."""
+        state = await self.exchange.poll()
+        if state is None:
+            return
+        is_first = self._state is None
+        is_emptied = not is_first and state.generation != (self._state or state).generation
+        if is_emptied:
+            self.registry.forget_told()
+            await self._budgets.publish(is_complete=True)
+        record = await asyncio.to_thread(self.log.peek)
+        untold = [one for one in record.purges.values() if not one.is_told or is_emptied]
+        is_known = state == self._state and not untold
+        if is_known and self._clock() < self._known_at + KNOWN_S:
+            self._pending = [one for one in record.purges.values() if not one.is_done]
+            return
+        shared = await self.exchange.read()
+        if shared is None:
+            return
+        present = {one.id for one in shared.purges}
+        missing = [
+            one
+            for one in record.purges.values()
+            if one.id not in present
+            and (not one.is_told or is_first or is_emptied)
+            # What everybody may forget is not brought back.
+            and one.at > shared.floor
+        ]
+        if missing and not await self.exchange.add(missing):
+            return
+        news = [replace(one, is_told=True) for one in (*shared.purges, *missing)]
+        new: list[LoggedPurge] = []
+
+        def change(record: PurgeRecord) -> None:
+            if shared.floor > record.known_until:
+                floor = LoggedPurge(f"floor-{shared.floor}", PurgeFilter(), shared.floor)
+                news.append(replace(floor, is_told=True))
+            new.extend(record.add(news))
+            record.known_until = max(record.known_until, now)
+
+        try:
+            record = await asyncio.to_thread(self.log.change, change)
+        except (OSError, TimeoutError) as error:
+            log.warning("the purge log cannot be written: %s", error)
+            return
+        self._pending = [one for one in record.purges.values() if not one.is_done]
+        if new:
+            # From here on nothing of it is served; then it is deleted.
+            self.log.refresh()
+            await self._store.announce_purge()
+            log.info("%d purges of other nodes are made here", len(new))
+        self._state, self._known_at = state, self._clock()
+        await self.exchange.compact(shared)
+
+    async def _apply(self) -> None:
+        """Delete what was purged, in a task of its own: that may take long."""
+        if self._applying is None or self._applying.done():
+            if self._pending:
+                self._applying = asyncio.create_task(self._apply_all(self._pending))
+            elif self._receipts:
+                await self._tell_receipts()
+
+    async def _apply_all(self, purges: Sequence[LoggedPurge]) -> None:
+        try:
+            lock = WriterLock(self._directory / APPLY_LOCK, 0)
+        except OSError:
+            return
+        with contextlib.closing(lock), contextlib.suppress(TimeoutError), lock:
+            for one in purges:
+                if self._stop.is_set():
+                    return
+                deleted = await self._store.purge(one.choice, one.at)
+                if deleted is None:
+                    return
+                try:
+                    await asyncio.to_thread(self.log.mark_done, one.id)
+                except (OSError, TimeoutError) as error:
+                    log.warning("the purge log cannot be written: %s", error)
+                    return
+                self._pending = [other for other in self._pending if other.id != one.id]
+                receipt = NodeReceipt(self.node.id, self.node.name, deleted)
+                self._receipts.append((one.id, receipt))
+        await self._tell_receipts()
+
+    async def _tell_receipts(self) -> None:
+        while self._receipts:
+            if not await self.exchange.acknowledge(*self._receipts[0]):
+                return
+            del self._receipts[0]
+
+    async def _tell_sums(self) -> None:
+        sums = await self._store.ledger(COLUMNS, MAX_LEDGER_KEYS)
+        days: list[Line] | None = await self._store.ledger([By.DAY])
+        if sums is not None and days is not None:
+            await self.registry.tell_sums(sums, days)
