@@ -28,8 +28,10 @@ class RedisServer:
 
     def __init__(self, *options: str, port: int | None = None) -> None:
         self.port = own_port() if port is None else port
-        self._options = options
-        self._folder = tempfile.TemporaryDirectory()
+        self._temporary = tempfile.TemporaryDirectory()
+        self.folder = Path(self._temporary.name)
+        address = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self.command = ["redis-server", *address, "--dir", str(self.folder), *options]
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -38,11 +40,8 @@ class RedisServer:
 
     def start(self) -> "RedisServer":
         """Start it, and wait until it answers."""
-        command = ["redis-server", "--port", str(self.port), "--save", "", "--bind", "127.0.0.1"]
-        log = Path(self._folder.name) / "log"
-        self.process = subprocess.Popen(
-            [*command, "--dir", self._folder.name, "--logfile", str(log), *self._options]
-        )
+        log = self.folder / "log"
+        self.process = subprocess.Popen([*self.command, "--logfile", str(log)])
         while True:
             with contextlib.suppress(OSError):
                 self.call("PING")
@@ -73,7 +72,7 @@ class RedisServer:
         if self.process is not None and self.process.poll() is None:
             self.signal(signal.SIGCONT)
         self.kill()
-        self._folder.cleanup()
+        self._temporary.cleanup()
 
 
 @contextlib.contextmanager

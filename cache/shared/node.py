@@ -44,7 +44,7 @@ Words: TypeAlias = Sequence[bytes | str | int | float]
 
 
 class Refused(NamedTuple):
-    """The server's refusal of one command: `code` is its first word, such as OOM or READONLY."""
+    """The server's refusal of one command, in its own words."""
 
     message: str
 
@@ -254,7 +254,9 @@ class Node:
                             disable_decoding=True, timeout=math.inf
                         )
                     except ResponseError as error:
-                        reply = Refused(str(error))
+                        # The library takes away the first word where it knows it.
+                        code = f"{error.status_code} " if error.status_code else ""
+                        reply = Refused(f"{code}{error}")
                     replies.append(reply)
                     if number % _REPLIES_A_LIMIT == 0:
                         limit.extend()
