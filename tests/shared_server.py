@@ -1,15 +1,9 @@
-"""A real Redis for tests of what nodes share; they are skipped where there is none."""
+"""Clients of a real Redis for tests of what nodes share."""
 
-import asyncio
 import contextlib
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import pytest
-import redis.asyncio
-import redis.exceptions
 from embedding_proxy.cache.shared.address import parse
 from embedding_proxy.cache.shared.client import (
     UNAVAILABLE,
@@ -19,11 +13,7 @@ from embedding_proxy.cache.shared.client import (
     RedisOptions,
 )
 
-from tests.ports import own_port
-
-BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
-
-needs_redis = pytest.mark.skipif(BINARY is None, reason="there is no redis-server here")
+from tests.redis_server import redis_server
 
 
 class SwitchedClient(RedisClient):
@@ -50,29 +40,10 @@ class SwitchedClient(RedisClient):
 
 
 @contextlib.asynccontextmanager
-async def redis_port() -> AsyncIterator[int]:
-    """Give the port of a server of its own, which keeps nothing on disk."""
-    port = own_port()
-    arguments = ["--port", str(port), "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
-    server = subprocess.Popen(  # noqa: ASYNC220 - it runs beside the test
-        [str(BINARY), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        async with redis.asyncio.Redis(port=port) as probe:
-            while True:
-                with contextlib.suppress(redis.exceptions.ConnectionError):
-                    await probe.ping()
-                    break
-                assert server.poll() is None, "redis-server ended"
-                await asyncio.sleep(0.01)
-        yield port
-    finally:
-        server.terminate()
-        server.wait()
-
-
-@contextlib.asynccontextmanager
 async def clients(count: int) -> AsyncIterator[list[SwitchedClient]]:
     """Give clients of one server."""
-    async with redis_port() as port, contextlib.AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(SwitchedClient(port)) for _ in range(count)]
+    with redis_server() as server:
+        async with contextlib.AsyncExitStack() as stack:
+            yield [
+                await stack.enter_async_context(SwitchedClient(server.port)) for _ in range(count)
+            ]

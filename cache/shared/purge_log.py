@@ -254,7 +254,7 @@ class PurgeLog:
             fields = {"known_until": record.known_until, "purges": purges}
             atomic_file.write(self.path, orjson.dumps(fields))
 
-    def change(self, change: Callable[[PurgeRecord], None]) -> PurgeRecord:
+    def change(self, change: Callable[[PurgeRecord], object]) -> PurgeRecord:
         """Change the file by a function, and return what it holds then. Raises OSError."""
         with self.changing() as record:
             change(record)

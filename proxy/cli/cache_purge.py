@@ -5,9 +5,9 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from typing import Annotated
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from embedding_proxy.cache.disk import purge, salvage
@@ -52,6 +52,9 @@ from .output import (
     tell_store,
 )
 
+if TYPE_CHECKING:
+    from .node_purge import NodePurge, NodeResult
+
 wait = time.sleep
 
 
@@ -76,13 +79,18 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model of --input.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All entries.")] = False,
+    wait_s: Annotated[
+        float,
+        typer.Option("--wait", min=0, help="Seconds to wait for other nodes, with `cache.shared`."),
+    ] = 10.0,
     dry_run: Annotated[bool, typer.Option(help="Count only; delete nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Delete the entries that match all given options, also from running proxies.
 
-    It shows what the entries cost, and asks. Without a terminal, --yes is required.
+    With `cache.shared` all nodes delete them, and the shared tier; a node that is down does so when
+    it starts. It shows what the entries cost, and asks. Without a terminal, --yes is required.
     """
     settings = loader.load(config_file, purpose="inspect")
     now = time.time()
@@ -101,35 +109,54 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         limit = int(settings.cache.size_limit_gib * GIB)
         salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned_namespaces)
     deleted = 0
+    nodes = _nodes(settings, choice)
     if dry_run:
         with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
             chosen = _look_up(settings, file, waiting, choice)
     else:
         is_full = False
         try:
-            chosen, deleted = _purge(settings, choice, is_sure=yes)
+            chosen, deleted = _purge(settings, choice, nodes, is_sure=yes)
         except DiskFull:
             is_full = True
         if is_full:
             gc.collect()  # A file that could not be opened is open as long as the failure is kept.
-            chosen, deleted = _purge_in_place(settings, choice, is_sure=yes)
-    _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
+            chosen, deleted = _purge_in_place(settings, choice, nodes, is_sure=yes)
+    results = nodes.end(deleted, wait_s) if nodes and not dry_run else None
+    _tell(chosen, deleted, results, dry_run=dry_run, as_json=as_json)
+    if nodes and not dry_run and not nodes.is_told:
+        raise WorkFailed(
+            "the shared Redis does not answer: deleted on this node alone; the others are told by"
+            " the proxy of this node as soon as it answers"
+        )
+
+
+def _nodes(settings: Settings, choice: purge.PurgeFilter) -> "NodePurge | None":
+    """Return the same purge on all nodes; None where there is but one."""
+    if settings.cache.shared is None:
+        return None
+    from .node_purge import NodePurge  # noqa: PLC0415 - needs the extra `redis`
+
+    return NodePurge(settings, choice)
 
 
 def _purge(
-    settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
+    settings: Settings, choice: purge.PurgeFilter, nodes: "NodePurge | None", *, is_sure: bool
 ) -> tuple["_Chosen", int]:
     """Delete a choice beside running proxies; return what it was, and how many entries went."""
     with open_store(settings) as store, _outbox(settings) as outbox:
         chosen = _look_up(settings, store, outbox, choice)
-        _confirm(chosen, is_sure=is_sure)
+        _confirm(chosen, nodes, is_sure=is_sure)
+        if nodes is not None:
+            nodes.begin()
         if outbox is not None:
             remove_entries(outbox, [*chosen.points, *chosen.journaled])
-        return chosen, _delete(store, chosen.choices, chosen.entries)
+        with nullcontext() if nodes is None else nodes.applying():
+            return chosen, _delete(store, chosen.choices, chosen.entries)
 
 
 def _purge_in_place(
-    settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
+    settings: Settings, choice: purge.PurgeFilter, nodes: "NodePurge | None", *, is_sure: bool
 ) -> tuple["_Chosen", int]:
     """Do the same without room on the disk, where no proxy runs. Raises StoreError."""
     with open_alone(settings.cache.directory) as file, _outbox_for_reading(settings) as waiting:
@@ -138,23 +165,34 @@ def _purge_in_place(
             "the disk is full: the store is changed in place, alone; a kill may damage it", err=True
         )
         chosen = _look_up(settings, file, waiting, choice)
-        _confirm(chosen, is_sure=is_sure)
+        _confirm(chosen, nodes, is_sure=is_sure)
         deleted = _delete(file, chosen.choices, chosen.entries)
-    # Now there is room for its log.
+    # Now there is room for its log, and for what the other nodes are told.
+    if nodes is not None:
+        nodes.begin()
     with _outbox(settings) as outbox:
         if outbox is not None:
             remove_entries(outbox, [*chosen.points, *chosen.journaled])
     return chosen, deleted
 
 
-def _confirm(chosen: "_Chosen", *, is_sure: bool) -> None:
-    if not is_sure and (chosen.entries or chosen.points):
+def _confirm(chosen: "_Chosen", nodes: "NodePurge | None", *, is_sure: bool) -> None:
+    if not is_sure and nodes is not None:
+        confirm(f"Delete {chosen.told} here, and what matches on all other nodes, for good?")
+    elif not is_sure and (chosen.entries or chosen.points):
         confirm(f"Delete {chosen.told} for good?")
 
 
-def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> None:
+def _tell(
+    chosen: "_Chosen",
+    deleted: int,
+    results: "Sequence[NodeResult] | None",
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     if as_json:
-        content = {
+        content: dict[str, Any] = {
             "chosen": chosen.entries,
             "bytes": chosen.bytes,
             "usd_value": None if chosen.nanodollars is None else chosen.nanodollars / NANO,
@@ -163,6 +201,8 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
         }
         if chosen.of_others:
             content["of_shared_partitions"] = chosen.of_others
+        if results is not None:
+            content["nodes"] = [asdict(one) for one in results]
         print_json({**content, "dry_run": dry_run})
         return
     done = "would be deleted" if dry_run else "deleted"
@@ -180,6 +220,11 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
             f" {'waits' if len(chosen.points) == 1 else 'wait'} for Qdrant {done};"
             " those in Qdrant stay"
         )
+    if results is not None:
+        from .node_purge import describe  # noqa: PLC0415
+
+        for told in describe(results):
+            typer.echo(told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +266,9 @@ def _look_up(
 ) -> _Chosen:
     """Return what a choice comes to. Raises WrongUsage if it names what is not there."""
     namespace, space = choice.namespace, choice.space
-    is_named = namespace is not None or space is not None
-    if is_named and not (outbox and select_entries(outbox, namespace=namespace, space=space)):
+    # What this node does not hold, another one may.
+    is_checked = settings.cache.shared is None and (namespace is not None or space is not None)
+    if is_checked and not (outbox and select_entries(outbox, namespace=namespace, space=space)):
         check_known(settings, file, namespace, space)
     choices = [
         choice,

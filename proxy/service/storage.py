@@ -121,10 +121,13 @@ class Storage:
 
 def make_storage(settings: Settings) -> Storage:
     """Return the storage that a configuration names, not yet opened. Raises ConfigError."""
-    server = settings.server
-    return Storage(
-        settings.cache, server.workers, redis_client(settings), server.node or socket.gethostname()
-    )
+    workers, redis = settings.server.workers, redis_client(settings)
+    return Storage(settings.cache, workers, redis, node_name(settings))
+
+
+def node_name(settings: Settings) -> str:
+    """Return the name of this node: the configured one, or the machine's."""
+    return settings.server.node or socket.gethostname()
 
 
 def redis_client(settings: Settings) -> "RedisClient | None":

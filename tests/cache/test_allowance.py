@@ -9,7 +9,8 @@ from embedding_proxy.providers.allowance import Reservation
 from embedding_proxy.providers.errors import LocalQueueFull
 from embedding_proxy.providers.upstream.rate_limiter import RateLimiter
 
-from tests.shared_server import clients, needs_redis
+from tests.redis_server import needs_redis
+from tests.shared_server import clients
 
 LIMITS = {"requests": 6.0, "tokens": 600.0}
 NO = {"requests": 0.0, "tokens": 0.0}

@@ -13,7 +13,8 @@ from embedding_proxy.cache.shared.spending import SharedSpending
 from embedding_proxy.providers.charge import Bill, Decision, SpendingAnswer, SpendingLimit
 from embedding_proxy.proxy.service.budgets import Budgets
 
-from tests.shared_server import clients, needs_redis
+from tests.redis_server import needs_redis
+from tests.shared_server import clients
 
 PARTITION = Partition("", "m", 4)
 LIMIT = SpendingLimit(100, "ever")

@@ -19,7 +19,8 @@ from embedding_proxy.proxy.service.budgets import Budgets
 from embedding_proxy.proxy.service.membership import Membership
 
 from tests.cache.fakes import entries_in, entry_of, key_of
-from tests.shared_server import SwitchedClient, clients, needs_redis, redis_port
+from tests.redis_server import needs_redis
+from tests.shared_server import clients
 
 SPACE = Space("m", 4)
 PARTITION = Partition("", SPACE.label, 4)
@@ -317,8 +318,7 @@ async def test_a_server_that_is_away_costs_nothing_and_is_caught_up(tmp_path):
 @needs_redis
 async def test_two_nodes_of_one_name_are_noticed(tmp_path, caplog):
     """Both say so, once; a node that was restarted, in its folder or in a new one, is no other."""
-    async with redis_port() as port, AsyncExitStack() as stack:
-        opened = [await stack.enter_async_context(SwitchedClient(port)) for _ in range(4)]
+    async with clients(3) as opened:
         async with running(Node(tmp_path / "a", opened[0], "web")) as one:
             await one.settle()
             assert one.membership.conflict == ""
