@@ -53,8 +53,10 @@ for i = 1, #rows, 2 do
   local field, value = rows[i], rows[i + 1]
   if string.sub(field, 1, 2) == 'n:' and field ~= 'n:' .. id then
     local row = cjson.decode(value)
-    if now - row.seen < fresh then alive = alive + 1 end
-    if row.name == name and now - row.seen < fresh and row.seen > since then conflict = 'name' end
+    if not row.stopped and now - row.seen < fresh then
+      alive = alive + 1
+      if row.name == name and row.seen > since then conflict = 'name' end
+    end
     if now - row.seen > tonumber(ARGV[8]) then redis.call('HDEL', KEYS[1], field) end
   end
 end
@@ -69,7 +71,7 @@ local stored = redis.call('HGET', KEYS[1], 'n:' .. ARGV[1])
 if stored then
   local row = cjson.decode(stored)
   if row.token == ARGV[2] then
-    row.seen = 0
+    row.stopped = true
     redis.call('HSET', KEYS[1], 'n:' .. ARGV[1], cjson.encode(row))
   end
 end
@@ -120,8 +122,10 @@ class NodeState:
     id: str
     name: str
     seen: float
-    """When it was heard of last, in seconds since 1970; 0 = it was stopped."""
+    """When it was heard of last, in seconds since 1970."""
     is_alive: bool
+    is_stopped: bool
+    """Whether it said so at its end."""
     ahead_s: float
     """By how much its clock is ahead of the server's."""
     version: str
@@ -272,12 +276,13 @@ def _row(line: Line) -> list[Any]:
 
 def _state(identity: str, row: dict[str, Any], ledger: bytes | None, now: float) -> NodeState:
     info, told = orjson.loads(row["info"]), orjson.loads(ledger or b"{}")
-    seen = row["seen"] / 1000
+    seen, is_stopped = row["seen"] / 1000, bool(row.get("stopped"))
     return NodeState(
         identity,
         row["name"],
         seen,
-        now - seen < ALIVE_S,
+        not is_stopped and now - seen < ALIVE_S,
+        is_stopped,
         info["ahead_s"],
         info["version"],
         _lines(told.get("sums", ()), len(COLUMNS)),
@@ -292,7 +297,7 @@ def _lines(rows: Sequence[Sequence[Any]], columns: int) -> tuple[Line, ...]:
 def add_up(nodes: Sequence[NodeState], by: Sequence[By]) -> list[Line] | None:
     """Return the sums of all nodes by some of COLUMNS, or by day alone; None for other columns.
 
-    >>> node = NodeState("1", "a", 0, True, 0, "", ((("m", "p", "c", "", "m"), Usage(hits=2)),))
+    >>> node = NodeState("1", "a", 0, True, False, 0, "", ((("m", "p", "c", "", "m"), Usage(hits=2)),))
     >>> add_up([node, node], [By.MODEL])[0][1].hits
     4
     """

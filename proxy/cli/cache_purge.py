@@ -53,7 +53,7 @@ from .output import (
 )
 
 if TYPE_CHECKING:
-    from .node_purge import NodePurge, NodeResult
+    from .node_purge import NodePurge
 
 wait = time.sleep
 
@@ -122,8 +122,9 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         if is_full:
             gc.collect()  # A file that could not be opened is open as long as the failure is kept.
             chosen, deleted = _purge_in_place(settings, choice, nodes, is_sure=yes)
-    results = nodes.end(deleted, wait_s) if nodes and not dry_run else None
-    _tell(chosen, deleted, results, dry_run=dry_run, as_json=as_json)
+    if nodes and not dry_run:
+        nodes.end(deleted, wait_s)
+    _tell(chosen, deleted, nodes, dry_run=dry_run, as_json=as_json)
     if nodes and not dry_run and not nodes.is_told:
         raise WorkFailed(
             "the shared Redis does not answer: deleted on this node alone; the others are told by"
@@ -186,7 +187,7 @@ def _confirm(chosen: "_Chosen", nodes: "NodePurge | None", *, is_sure: bool) -> 
 def _tell(
     chosen: "_Chosen",
     deleted: int,
-    results: "Sequence[NodeResult] | None",
+    nodes: "NodePurge | None",
     *,
     dry_run: bool,
     as_json: bool,
@@ -201,8 +202,9 @@ def _tell(
         }
         if chosen.of_others:
             content["of_shared_partitions"] = chosen.of_others
-        if results is not None:
-            content["nodes"] = [asdict(one) for one in results]
+        if nodes is not None:
+            content["nodes"] = [asdict(one) for one in nodes.results]
+            content["deleted_shared"] = nodes.swept
         print_json({**content, "dry_run": dry_run})
         return
     done = "would be deleted" if dry_run else "deleted"
@@ -220,10 +222,8 @@ def _tell(
             f" {'waits' if len(chosen.points) == 1 else 'wait'} for Qdrant {done};"
             " those in Qdrant stay"
         )
-    if results is not None:
-        from .node_purge import describe  # noqa: PLC0415
-
-        for told in describe(results):
+    if nodes is not None and not dry_run:
+        for told in nodes.describe():
             typer.echo(told)
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 from embedding_proxy.cache.disk.connection import folder_of
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.purge import PurgeFilter
+from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.client import RedisClient
 from embedding_proxy.cache.shared.purge_exchange import NodeReceipt, PurgeExchange
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, PurgeLog, time_of_purge
@@ -27,7 +28,7 @@ from embedding_proxy.cache.shared.registry import (
 )
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.membership import APPLY_LOCK
-from embedding_proxy.proxy.service.storage import node_name, redis_client
+from embedding_proxy.proxy.service.storage import node_name, shared_tier
 
 from .formatting import age, count, join_names
 from .output import WorkFailed
@@ -63,6 +64,10 @@ class NodePurge:
         self._purge: LoggedPurge | None = None
         self.is_told = False
         """Whether the other nodes can know of it."""
+        self.results: list[NodeResult] = []
+        """What is known of each node, in the end."""
+        self.swept: int | None = None
+        """How many records were deleted in the shared tier; None if not all could be."""
 
     def begin(self) -> None:
         """Log the purge, and tell it, before anything is deleted."""
@@ -81,14 +86,34 @@ class NodePurge:
         with closing(WriterLock(self._directory / APPLY_LOCK, _LOCK_S)) as lock, lock:
             yield
 
-    def end(self, deleted: int, wait_s: float) -> list[NodeResult]:
-        """Note that this node has made it, and wait for others; return what is known of each."""
+    def end(self, deleted: int, wait_s: float) -> None:
+        """Note that this node has made it, delete in the shared tier, and wait for other nodes."""
         purge = self._purge
         if purge is None:
-            return []
+            return
         self._log.mark_done(purge.id)
         receipt = NodeReceipt(*self._node, deleted)
-        return self._run(lambda client: self._wait(client, purge.id, receipt, wait_s))
+        self.swept = self._run(lambda client: self._sweep(client, purge)) if self.is_told else None
+        self.results = self._run(lambda client: self._wait(client, purge.id, receipt, wait_s))
+
+    def describe(self) -> Iterator[str]:
+        """Yield lines that say which nodes have made it, and when the others will."""
+        results, swept = self.results, self.swept
+        if swept is None:
+            yield "not all could be deleted in the shared tier; what is left there is not served"
+        else:
+            yield f"{count(swept, 'record', 'records')} deleted in the shared tier"
+        done = [f"{one.name} ({one.deleted:,})" for one in results if one.state == "done"]
+        yield f"{count(len(done), 'node has', 'nodes have')} deleted it: {join_names(done)}"
+        pending = [one.name for one in results if one.state == "pending"]
+        if pending:
+            verb = "has" if len(pending) == 1 else "have"
+            yield f"{join_names(pending)} {verb} not said so yet"
+        now = time.time()
+        for one in results:
+            if one.state == "down":
+                heard = f"last heard of {age(now - one.seen)} ago" if one.seen else "stopped"
+                yield f"{one.name} was {heard}: it deletes it when it starts"
 
     @property
     def _node(self) -> NodeName:
@@ -98,15 +123,23 @@ class NodePurge:
         return Registry(client, self._node)
 
     def _run(self, work: Callable[[RedisClient], Awaitable[T]]) -> T:
-        configured = redis_client(self._settings)
+        configured = shared_tier(self._settings)
         if configured is None:
             raise WorkFailed("cache.shared is not configured")
 
         async def run() -> T:
-            async with RedisClient(replace(configured.options, limit_s=LIMIT_S)) as client:
+            async with RedisClient(replace(configured.redis.options, limit_s=LIMIT_S)) as client:
                 return await work(client)
 
         return asyncio.run(run())
+
+    async def _sweep(self, client: RedisClient, purge: LoggedPurge) -> int | None:
+        # The proxies leave it to this command; it is killed for a while only.
+        await sweep.claim(client, purge, self._node.id)
+        try:
+            return await sweep.delete(client, purge)
+        except sweep.Interrupted:
+            return None
 
     async def _wait(
         self, client: RedisClient, purge: str, receipt: NodeReceipt, wait_s: float
@@ -131,20 +164,7 @@ def _results(receipts: Sequence[NodeReceipt], nodes: Sequence[NodeState]) -> lis
     for node in nodes:
         if node.id not in done:
             state = "pending" if node.is_alive else "down"
-            results.append(NodeResult(node.name, state, None, node.seen or None))
+            results.append(
+                NodeResult(node.name, state, None, None if node.is_stopped else node.seen)
+            )
     return sorted(results, key=lambda one: one.name)
-
-
-def describe(results: Sequence[NodeResult]) -> Iterator[str]:
-    """Yield lines that say which nodes have made a purge, and when the others will."""
-    done = [f"{one.name} ({one.deleted:,})" for one in results if one.state == "done"]
-    yield f"{count(len(done), 'node has', 'nodes have')} deleted it: {join_names(done)}"
-    pending = [one.name for one in results if one.state == "pending"]
-    if pending:
-        verb = "has" if len(pending) == 1 else "have"
-        yield f"{join_names(pending)} {verb} not said so yet"
-    now = time.time()
-    for one in results:
-        if one.state == "down":
-            heard = f"last heard of {age(now - one.seen)} ago" if one.seen else "stopped"
-            yield f"{one.name} was {heard}: it deletes it when it starts"

@@ -23,6 +23,7 @@ from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, Line
+from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.allowance import Allowance
 from embedding_proxy.cache.shared.client import RedisClient
 from embedding_proxy.cache.shared.purge_exchange import (
@@ -91,6 +92,8 @@ class Membership:
         """Those that are not told yet."""
         self._pending: list[LoggedPurge] = []
         """Purges that this node has not made yet."""
+        self._unswept: list[LoggedPurge] = []
+        """Purges that the shared tier may still hold records of."""
         self._applying: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
@@ -245,6 +248,7 @@ class Membership:
         ]
         if missing and not await self.exchange.add(missing):
             return
+        self._unswept += [one for one in missing if not one.is_told]
         news = [replace(one, is_told=True) for one in (*shared.purges, *missing)]
         new: list[LoggedPurge] = []
 
@@ -272,7 +276,7 @@ class Membership:
     async def _apply(self) -> None:
         """Delete what was purged, in a task of its own: that may take long."""
         if self._applying is None or self._applying.done():
-            if self._pending:
+            if self._pending or self._unswept:
                 self._applying = asyncio.create_task(self._apply_all(self._pending))
             elif self._receipts:
                 await self._tell_receipts()
@@ -297,7 +301,23 @@ class Membership:
                 self._pending = [other for other in self._pending if other.id != one.id]
                 receipt = NodeReceipt(self.node.id, self.node.name, deleted)
                 self._receipts.append((one.id, receipt))
+                self._unswept.append(one)
         await self._tell_receipts()
+        await self._sweep_all()
+
+    async def _sweep_all(self) -> None:
+        """Delete in the shared tier what was purged, unless another node does."""
+        while self._unswept and not self._stop.is_set():
+            one = self._unswept.pop(0)
+            if not await sweep.claim(self._client, one, self.node.id):
+                continue
+            try:
+                deleted = await sweep.delete(self._client, one)
+            except sweep.Interrupted as error:
+                log.warning("deleting what was purged in the shared tier: no answer of %s", error)
+                return
+            if deleted:
+                log.info("%d purged records were deleted in the shared tier", deleted)
 
     async def _tell_receipts(self) -> None:
         while self._receipts:

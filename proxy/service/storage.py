@@ -25,6 +25,7 @@ from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 
 if TYPE_CHECKING:
     from embedding_proxy.cache.shared.client import RedisClient
+    from embedding_proxy.cache.shared.tier import SharedTier
 
     from .membership import Membership
 
@@ -44,20 +45,20 @@ class Storage:
         self,
         cache: Cache,
         workers: int = 1,
-        redis: "RedisClient | None" = None,
+        shared: "SharedTier | None" = None,
         node: str = "",
     ) -> None:
         """`workers` is how many processes buy on the account of one client at the same time.
 
-        `redis` is what other machines use too (see `redis_client`); it is opened and closed here.
+        `shared` is the tier of several machines (see `shared_tier`); it is opened and closed here.
         `node` is this machine's name among them.
         """
         self.cache = cache
         self.node = node
         self.membership: Membership | None = None
-        """What this node knows of others; None without `redis`, and where the folder is not
+        """What this node knows of others; None without `shared`, and where the folder is not
         writable."""
-        self.redis = redis
+        self.shared = shared
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
             cache.directory,
@@ -68,7 +69,7 @@ class Storage:
             pinned=(*cache.pinned_namespaces, drift_check.NAMESPACE),
         )
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
-        self.tiers = Tiers(self.memory, self.store)
+        self.tiers = Tiers(self.memory, self.store, shared)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
         self.in_flight = InFlight()
         self.budgets = Budgets(self.store, workers)
@@ -84,9 +85,10 @@ class Storage:
         async with self._opening:
             if not self._holders:
                 await self._stack.enter_async_context(self.store)
-                if self.redis is not None:
-                    await self._stack.enter_async_context(self.redis)
-                    await self._join(self.redis)
+                if self.shared is not None:
+                    await self._stack.enter_async_context(self.shared)
+                    self._stack.push_async_callback(self.tiers.flush_copies)
+                    await self._join(self.shared.redis)
                 await self.learned.refresh()
             self._holders += 1
         return self
@@ -107,9 +109,9 @@ class Storage:
         node = NodeName(identity, self.node)
         self.membership = membership = Membership(redis, self.store, self.budgets, node)
         self.budgets.share(SharedSpending(redis, identity), lambda: membership.alive)
-        self._stack.push_async_callback(self.budgets.aclose)
         self.tiers.is_purged = membership.is_purged
         await self._stack.enter_async_context(membership)
+        self._stack.push_async_callback(self.budgets.aclose)
 
     async def __aexit__(self, *exc: object) -> None:
         """Let go of it; the last one closes it."""
@@ -121,8 +123,8 @@ class Storage:
 
 def make_storage(settings: Settings) -> Storage:
     """Return the storage that a configuration names, not yet opened. Raises ConfigError."""
-    workers, redis = settings.server.workers, redis_client(settings)
-    return Storage(settings.cache, workers, redis, node_name(settings))
+    workers, shared = settings.server.workers, shared_tier(settings)
+    return Storage(settings.cache, workers, shared, node_name(settings))
 
 
 def node_name(settings: Settings) -> str:
@@ -130,18 +132,19 @@ def node_name(settings: Settings) -> str:
     return settings.server.node or socket.gethostname()
 
 
-def redis_client(settings: Settings) -> "RedisClient | None":
-    """Return the client of `cache.shared`, not yet opened; None without. Raises ConfigError."""
+def shared_tier(settings: Settings) -> "SharedTier | None":
+    """Return the tier of `cache.shared`, not yet opened; None without. Raises ConfigError."""
     shared = settings.cache.shared
     if shared is None:
         return None
     try:
         # An extra: nothing imports it where it is not configured.
         from embedding_proxy.cache.shared.client import RedisClient  # noqa: PLC0415
+        from embedding_proxy.cache.shared.tier import SharedTier  # noqa: PLC0415
     except ImportError as error:
-        remedy = "needs the extra `redis`: pip install 'embedding-proxy[redis]'"
+        remedy = "needs the extra `redis`: pip install 'redis[hiredis]>=8'"
         raise ConfigError(settings.problem(("cache", "shared"), remedy)) from error
-    return RedisClient(
+    redis = RedisClient(
         RedisOptions(
             shared.address,
             prefix=shared.prefix,
@@ -152,6 +155,12 @@ def redis_client(settings: Settings) -> "RedisClient | None":
             limit_s=shared.timeout_ms / 1000,
             max_connections=shared.max_connections,
         )
+    )
+    ages = [days for days in (shared.ttl_days, settings.cache.ttl_days) if days is not None]
+    return SharedTier(
+        redis,
+        ttl_s=min(ages) * DAY if ages else None,
+        is_float16=shared.element_type == "float16",
     )
 
 

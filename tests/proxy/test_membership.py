@@ -10,8 +10,10 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, time_of_purge
 from embedding_proxy.cache.shared.registry import NodeName, add_up, read_node_id
+from embedding_proxy.cache.shared.tier import SharedTier
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 from embedding_proxy.proxy.service import membership as membership_module
@@ -33,7 +35,8 @@ class Node:
     def __init__(self, folder, client, name="", identity=""):
         self.folder, self.client = folder, client
         self.store = Store(folder, 1 << 30)
-        self.tiers = Tiers(Memory(1 << 20), self.store)
+        self.shared = SharedTier(client)
+        self.tiers = Tiers(Memory(1 << 20), self.store, self.shared)
         self.budgets = Budgets(self.store)
         node = NodeName(identity or read_node_id(folder), name or folder.name)
         self.membership = Membership(client, self.store, self.budgets, node)
@@ -43,11 +46,17 @@ class Node:
         """Keep the entries of some texts."""
         entries = {key_of(text, SPACE): entry_of(text, SPACE) for text in texts}
         await self.tiers.put_many(entries, partition)
+        await self.shared.flush()
 
     async def texts(self, *texts, partition=PARTITION):
         """Return which of some texts are still served."""
         keys = {key_of(text, SPACE): text for text in texts}
         return {keys[key] for key in await entries_in(self.tiers, list(keys), partition)}
+
+    async def in_redis(self):
+        """Return how many records the shared tier has."""
+        found = [len(step.keys) async for step in sweep.scan(self.client)]
+        return sum(found)
 
     async def on_disk(self):
         """Return how many entries the disk has."""

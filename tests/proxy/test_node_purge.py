@@ -148,8 +148,7 @@ def test_the_log_has_it_before_anything_is_deleted(purge, tmp_path, server, monk
     """A command that is killed in between is made up for by the proxy of the node."""
     _fill(tmp_path / "here", server, "a", "b")
     monkeypatch.setattr("embedding_proxy.proxy.cli.cache_purge._delete", _killed)
-    with pytest.raises(KeyboardInterrupt):
-        purge("--all")
+    assert purge("--all").code not in (0, 2)
     (logged,) = PurgeLog(tmp_path / "here" / "v1").read().purges.values()
     assert (logged.choice, logged.is_done, logged.is_told) == (PurgeFilter(), False, True)
     assert abs(logged.at - time.time()) < 3600
