@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import orjson
 from embedding_proxy.cache import atomic_file
-from embedding_proxy.cache.ledger import By, Line, Usage
+from embedding_proxy.cache.ledger import COLUMNS, Line, Usage
 
 from .client import Command, RedisClient
 from .script import Script, Word, ask
@@ -31,8 +31,6 @@ ALIVE_S = 15.0
 _CONFLICT_S = 30
 _KEPT_DAYS = 90
 _READ_S = 1.0
-COLUMNS = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE, By.SPACE)
-"""By what the sums of a node are told; beside these, by day alone."""
 
 _BEAT = Script("""
 local time = redis.call('TIME')
@@ -292,24 +290,3 @@ def _state(identity: str, row: dict[str, Any], ledger: bytes | None, now: float)
 
 def _lines(rows: Sequence[Sequence[Any]], columns: int) -> tuple[Line, ...]:
     return tuple((tuple(row[:columns]), Usage(*row[columns:])) for row in rows)
-
-
-def add_up(nodes: Sequence[NodeState], by: Sequence[By]) -> list[Line] | None:
-    """Return the sums of all nodes by some of COLUMNS, or by day alone; None for other columns.
-
-    >>> node = NodeState("1", "a", 0, True, False, 0, "", ((("m", "p", "c", "", "m"), Usage(hits=2)),))
-    >>> add_up([node, node], [By.MODEL])[0][1].hits
-    4
-    """
-    if list(by) == [By.DAY]:
-        places, lines = [0], [line for node in nodes for line in node.days]
-    elif By.DAY in by:
-        return None
-    else:
-        places = [COLUMNS.index(column) for column in by]
-        lines = [line for node in nodes for line in node.sums]
-    sums: dict[tuple[Any, ...], Usage] = {}
-    for names, usage in lines:
-        chosen = tuple(names[place] for place in places)
-        sums[chosen] = sums[chosen].plus(usage) if chosen in sums else usage
-    return sorted(sums.items(), key=lambda line: tuple(map(str, line[0])))

@@ -24,19 +24,15 @@ from embedding_proxy.cache.shared.registry import (
     NodeName,
     NodeState,
     Registry,
-    read_node_id,
 )
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.membership import APPLY_LOCK
-from embedding_proxy.proxy.service.storage import node_name, shared_tier
 
 from .formatting import age, count, join_names
-from .output import WorkFailed
+from .nodes import node_of, run_with_client
 
 T = TypeVar("T")
 
-LIMIT_S = 2.0
-"""A command can wait longer for an answer than a request."""
 POLL_S = 0.2
 _LOCK_S = 30.0
 
@@ -117,21 +113,13 @@ class NodePurge:
 
     @property
     def _node(self) -> NodeName:
-        return NodeName(read_node_id(self._directory), node_name(self._settings))
+        return node_of(self._settings)
 
     def _registry(self, client: RedisClient) -> Registry:
         return Registry(client, self._node)
 
     def _run(self, work: Callable[[RedisClient], Awaitable[T]]) -> T:
-        configured = shared_tier(self._settings)
-        if configured is None:
-            raise WorkFailed("cache.shared is not configured")
-
-        async def run() -> T:
-            async with RedisClient(replace(configured.redis.options, limit_s=LIMIT_S)) as client:
-                return await work(client)
-
-        return asyncio.run(run())
+        return run_with_client(self._settings, work)
 
     async def _sweep(self, client: RedisClient, purge: LoggedPurge) -> int | None:
         # The proxies leave it to this command; it is killed for a while only.

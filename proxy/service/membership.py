@@ -22,7 +22,7 @@ from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, Line
+from embedding_proxy.cache.ledger import COLUMNS, MAX_LEDGER_KEYS, By, Line
 from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.allowance import Allowance
 from embedding_proxy.cache.shared.client import RedisClient
@@ -34,7 +34,6 @@ from embedding_proxy.cache.shared.purge_exchange import (
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, PurgeLog, PurgeRecord
 from embedding_proxy.cache.shared.registry import (
     BEAT_S,
-    COLUMNS,
     NodeName,
     NodeState,
     Registry,
@@ -126,6 +125,11 @@ class Membership:
         self._let_go()
 
     @property
+    def pending_purges(self) -> int:
+        """Purges whose entries this process is still to delete."""
+        return len(self._pending)
+
+    @property
     def is_keeper(self) -> bool:
         """Whether this process beats for the node."""
         return self._lock is not None
@@ -139,9 +143,20 @@ class Membership:
         return Allowance(self._client, name, limits, lambda: self.alive)
 
     async def nodes(self) -> Sequence[NodeState] | None:
-        """Return all nodes, with the sums of their ledgers; None while the server is away."""
+        """Return all nodes, with the sums of their ledgers; None while the server is away.
+
+        Those of this node are as its ledger has them now, those of others as they told them last.
+        """
         nodes = await self.registry.read()
-        return None if nodes is None else nodes.nodes
+        if nodes is None:
+            return None
+        sums, days = await self._sums()
+        if sums is None or days is None:
+            return nodes.nodes
+        return [
+            replace(node, sums=tuple(sums), days=tuple(days)) if node.id == self.node.id else node
+            for node in nodes.nodes
+        ]
 
     async def _tick_forever(self) -> None:
         while not self._stop.is_set():
@@ -163,7 +178,10 @@ class Membership:
         if not (self.is_keeper or self._take_over()):
             nodes = await self.registry.read(has_sums=False)
             if nodes is not None:
-                self.alive = max(1, sum(node.is_alive for node in nodes.nodes))
+                names = [node.name for node in nodes.nodes if node.is_alive]
+                self.alive = max(1, len(names))
+                # The keeper says so.
+                self.conflict = "name" if names.count(self.node.name) > 1 else ""
             return
         beat = await self.registry.beat()
         if beat is not None:
@@ -326,7 +344,11 @@ class Membership:
             del self._receipts[0]
 
     async def _tell_sums(self) -> None:
-        sums = await self._store.ledger(COLUMNS, MAX_LEDGER_KEYS)
-        days: list[Line] | None = await self._store.ledger([By.DAY])
+        sums, days = await self._sums()
         if sums is not None and days is not None:
             await self.registry.tell_sums(sums, days)
+
+    async def _sums(self) -> tuple[list[Line] | None, list[Line] | None]:
+        """Return the sums of the ledger of this node, by COLUMNS and by day."""
+        sums = await self._store.ledger(COLUMNS, MAX_LEDGER_KEYS)
+        return sums, await self._store.ledger([By.DAY])

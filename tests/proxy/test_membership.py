@@ -8,11 +8,11 @@ import pytest
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import By, LedgerKey, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage, add_up
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, time_of_purge
-from embedding_proxy.cache.shared.registry import NodeName, add_up, read_node_id
+from embedding_proxy.cache.shared.registry import NodeName, read_node_id
 from embedding_proxy.cache.shared.tier import SharedTier
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
