@@ -27,12 +27,12 @@ def node_of(settings: Settings) -> NodeName:
 
 def run_with_client(settings: Settings, work: Callable[[RedisClient], Awaitable[T]]) -> T:
     """Return what some work with the shared Redis returns. Raises WorkFailed without one."""
-    configured = shared_tier(settings)
+    configured = shared_tier(settings, LIMIT_S)
     if configured is None:
         raise WorkFailed("cache.shared is not configured")
 
     async def run() -> T:
-        async with RedisClient(replace(configured.redis.options, limit_s=LIMIT_S)) as client:
+        async with configured.redis as client:
             return await work(client)
 
     return asyncio.run(run())
