@@ -53,6 +53,8 @@ async def scan(
     """
     known = cursors or {}
     pattern = client.key(KIND, b"*")
+    if not client.nodes:
+        raise Interrupted(client.name)
     for name, server in list(client.nodes.items()):
         cursor = known.get(name, 0)
         while cursor is not None:
