@@ -25,7 +25,7 @@ from .client import Command, RedisClient
 from .script import Script, Word, ask
 
 ID_FILE_NAME = "node-id"
-BEAT_S = 2.0
+BEAT_S = 1.0
 ALIVE_S = 15.0
 """A node that has not been heard of for so long is taken for dead."""
 _CONFLICT_S = 30
