@@ -276,12 +276,12 @@ class Node:
             if self._eras[connection] == self._era and not await connection.can_read():
                 return connection
             await self._discard(connection)
-        if len(self._eras) >= self._max_connections:
-            # Each exchange before this one has its own limit, and a connection is free after it.
-            limit.extend(_QUEUE_LIMITS * self._limit_s)
         waiter: asyncio.Future[AbstractConnection] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         self._grow()
+        if self._eras and len(self._eras) + len(self._connecting) >= self._max_connections:
+            # Each exchange before this one has its own limit, and a connection is free after it.
+            limit.extend(_QUEUE_LIMITS * self._limit_s)
         try:
             return await waiter
         except asyncio.CancelledError:

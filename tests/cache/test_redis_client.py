@@ -1,6 +1,7 @@
 """The client of Redis: addresses, exchanges, limits, the breaker, clusters and sentinels."""
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 from embedding_proxy.cache.shared.address import RedisOptions, parse
 from embedding_proxy.cache.shared.client import UNAVAILABLE, Command, RedisClient
 from embedding_proxy.cache.shared.node import Refused
+from embedding_proxy.cache.shared.tier import SharedTier
+from pages import ROOT
 from redis_server import needs_redis, redis_server, until
 
 PATIENCE = 30.0
@@ -170,12 +173,21 @@ async def test_a_cancelled_exchange_closes_its_connection():
 
 @needs_redis
 async def test_a_password_is_sent_and_a_wrong_one_is_named(caplog):
-    """With the right one it works; with another it is told, and the password is not."""
+    """With the right one, and the rights that the page names, it works; a wrong one is told."""
+    page = (ROOT / "docs" / "storage.md").read_text(encoding="utf-8")
+    rights = re.search(r"`(~embedding-proxy:\* [^`]+)`", page)[1]
     with redis_server() as server:
-        server.call(*["ACL", "SETUSER", "proxy", "on", ">hunter2", "~embedding-proxy:*", "+@all"])
-        async with client(server.url, username="proxy", password="hunter2") as redis:
+        server.call("ACL", "SETUSER", "proxy", "on", ">hunter2", *rights.split())
+        url = f"{server.url}/1"
+        async with client(url, username="proxy", password="hunter2") as redis:
+            tier = SharedTier(redis)
+            assert await tier.prove_writes() == ""
+            assert await tier.eviction_policy() is None
             key = redis.key("r", b"k")
             assert await redis.exchange([setting(key, b"v")]) == [b"OK"]
+            assert await redis.get_many([key]) == [b"v"]
+            ((role, *_),) = await redis.exchange([Command(None, (b"ROLE",))])
+            assert role == b"master"
             (reply,) = await redis.exchange([setting(b"other", b"v")])
             assert isinstance(reply, Refused)
             assert reply.code == "NOPERM" or "permission" in reply.message
