@@ -221,7 +221,10 @@ class Registry:
         fields = {"sums": list(map(_row, sums)), "days": list(map(_row, days))}
         content = orjson.dumps(fields)
         if content == self._told:
-            return True
+            # Unless the server was emptied, or has evicted it; and what is asked for is in use.
+            words = ("HEXISTS", self._sums_key, f"s:{self.node.id}")
+            if await ask(self._client, Command(self._sums_key, words)) != 0:
+                return True
         if not self._epoch:
             # Without sums: if this arrives late, it changes none.
             self._epoch, self._number = await self._tell(0, b""), 0
@@ -236,10 +239,6 @@ class Registry:
         """Return the epoch in which this was told; 0 if it was not, or that is not known."""
         arguments: list[Word] = [self.node.id, self._epoch, number, content]
         return int(await _TELL.run(self._client, [self._sums_key], arguments, _READ_S) or 0)
-
-    def forget_told(self) -> None:
-        """Tell the sums again: the server has lost its memory."""
-        self._told = b""
 
     async def read(self, *, has_sums: bool = True) -> Nodes | None:
         """Return what is known of all nodes; the sums of their ledgers only if they are wanted."""

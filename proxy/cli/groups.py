@@ -95,7 +95,7 @@ cache_app = group(
             "Delete the entries that match all given options, also from running proxies.",
         ),
         "warm-up": Place(
-            "cache_warm_up",
+            "cache_warmup",
             "Copy the records of the shared tier to this node's disk, while proxies run.",
         ),
         "backup": Place(

@@ -57,4 +57,5 @@ def read_nodes(settings: Settings) -> Sequence[NodeState] | None:
     own = known or NodeState(
         *node, nodes.now, is_alive=False, is_stopped=True, ahead_s=0.0, version=""
     )
-    return [*others, replace(own, sums=sums, days=days)]
+    nodes_known = [*others, replace(own, sums=sums, days=days)]
+    return sorted(nodes_known, key=lambda one: (one.name, one.id))

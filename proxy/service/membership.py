@@ -49,6 +49,8 @@ APPLY_LOCK = "purge.lock"
 SUMS_S = 15.0
 """Seconds between two times that the sums of the ledger are told; more where they take long."""
 _SUMS_SHARE = 20
+COMPLETE_S = 600.0
+"""Seconds between two times that all that clients were billed is told: Redis may evict it."""
 KNOWN_S = 600.0
 """How often the purge log notes that this node knows all purges."""
 MAX_AHEAD_S = 1.0
@@ -85,7 +87,7 @@ class Membership:
         self._directory = store.folder.parent
         self._lock: WriterLock | None = None
         self._state: PurgeState | None = None
-        self._known_at = self._sums_at = float("-inf")
+        self._known_at = self._sums_at = self._complete_at = float("-inf")
         self._sums_wait_s = SUMS_S
         self._receipts: list[tuple[str, NodeReceipt]] = []
         """Those that are not told yet."""
@@ -192,7 +194,10 @@ class Membership:
         await self._apply()
         if beat is not None and self._clock() >= self._sums_at + self._sums_wait_s:
             began = self._clock()
-            await self._budgets.publish()
+            is_due = began >= self._complete_at + COMPLETE_S
+            if is_due:
+                self._complete_at = began
+            await self._budgets.publish(is_complete=is_due)
             await self._tell_sums()
             self._sums_at = self._clock()
             self._sums_wait_s = max(SUMS_S, _SUMS_SHARE * (self._sums_at - began))
@@ -244,7 +249,6 @@ class Membership:
         is_first = self._state is None
         is_emptied = not is_first and state.generation != (self._state or state).generation
         if is_emptied:
-            self.registry.forget_told()
             await self._budgets.publish(is_complete=True)
         record = await asyncio.to_thread(self.log.peek)
         untold = [one for one in record.purges.values() if not one.is_told or is_emptied]

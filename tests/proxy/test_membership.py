@@ -281,6 +281,18 @@ async def test_sums_of_all_nodes_add_up_however_often_they_are_told(tmp_path):
 
 
 @needs_redis
+async def test_sums_that_the_server_has_evicted_are_told_again(tmp_path):
+    """Although they are the same."""
+    async with three(tmp_path) as (one, other, _):
+        await _count(one, "ci", 1)
+        await one.membership._tell_sums()
+        await other.client.command("DEL", other.client.key("ledger"))
+        assert await _all_sums(other) == {}
+        await one.membership._tell_sums()
+        assert await _all_sums(other) == {"ci": 1}
+
+
+@needs_redis
 async def test_sums_that_arrive_late_change_nothing(tmp_path):
     """A stopped server may carry out old commands after new ones."""
     async with three(tmp_path) as (one, other, _):

@@ -102,9 +102,6 @@ class Registry:
     async def tell_sums(self, sums, days):
         return True
 
-    def forget_told(self):
-        pass
-
 
 class Store:
     """Records by address: partition and time. The memory before them is emptied by a purge."""

@@ -9,7 +9,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.errors import BudgetExceeded
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import LedgerKey, Usage
-from embedding_proxy.cache.shared.budget import SharedSpending
+from embedding_proxy.cache.shared.client_budget import SharedSpending
 from embedding_proxy.providers.charge import Bill, Decision, SpendingAnswer, SpendingLimit
 from embedding_proxy.proxy.service.budgets import Budgets
 

@@ -16,7 +16,7 @@ from .output import ConfigOption, JsonOption, WorkFailed, print_json, progress
 
 if TYPE_CHECKING:
     from embedding_proxy.cache.shared.client import RedisClient
-    from embedding_proxy.cache.shared.warm_up import WarmUp
+    from embedding_proxy.cache.shared.warmup import WarmUp
 
 
 @cache_app.command(name="warm-up")
@@ -41,7 +41,7 @@ def warm_up(
             settings.problem(("cache", "shared"), "is not set, so there is nothing to copy from")
         )
     # These need the extra `redis`.
-    from embedding_proxy.cache.shared import warm_up as copying  # noqa: PLC0415
+    from embedding_proxy.cache.shared import warmup as copying  # noqa: PLC0415
     from embedding_proxy.cache.shared.sweep import Interrupted  # noqa: PLC0415
 
     with open_store(settings, create=True) as file:
@@ -64,7 +64,7 @@ def warm_up(
 
 
 def _copy(settings: Settings, file: Database, state: "WarmUp", rate: float) -> None:
-    from embedding_proxy.cache.shared.warm_up import Copier  # noqa: PLC0415
+    from embedding_proxy.cache.shared.warmup import Copier  # noqa: PLC0415
 
     from .nodes import run_with_client  # noqa: PLC0415
 

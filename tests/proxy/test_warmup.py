@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 import pytest
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.purge import PurgeFilter
-from embedding_proxy.cache.shared import sweep, warm_up
+from embedding_proxy.cache.shared import sweep, warmup
 from embedding_proxy.cache.shared.purge_exchange import PurgeExchange
 from embedding_proxy.cache.shared.purge_log import LoggedPurge
 from embedding_proxy.cache.shared.sweep import Interrupted
 from embedding_proxy.cache.shared.value import KIND
-from embedding_proxy.cache.shared.warm_up import Copier, WarmUp, read_state
+from embedding_proxy.cache.shared.warmup import Copier, WarmUp, read_state
 
 from tests.cache.fakes import key_of
 from tests.proxy.test_membership import OTHERS, SPACE, Node, running
@@ -28,7 +28,7 @@ TEXTS = [f"text {number}" for number in range(300)]
 def short_steps(monkeypatch):
     """Have several steps for few records."""
     monkeypatch.setattr(sweep, "SCAN_KEYS", 40)
-    monkeypatch.setattr(warm_up, "LOT", 16)
+    monkeypatch.setattr(warmup, "LOT", 16)
 
 
 @asynccontextmanager
@@ -149,10 +149,10 @@ async def test_what_was_purged_or_is_old_or_damaged_is_left_out(tmp_path, server
 async def test_it_ends_before_the_store_would_evict(tmp_path, server, monkeypatch):
     """A node that is smaller than the shared tier keeps what it holds."""
     async with _filled(tmp_path, server) as client:
-        monkeypatch.setattr(warm_up, "ROOM_BYTES", 1 << 30)
+        monkeypatch.setattr(warmup, "ROOM_BYTES", 1 << 30)
         state, _ = await _copy(client, tmp_path / "new")
         assert (state.copied, state.is_full, state.is_done) == (0, True, False)
-        monkeypatch.setattr(warm_up, "ROOM_BYTES", 0)
+        monkeypatch.setattr(warmup, "ROOM_BYTES", 0)
         state, _ = await _copy(client, tmp_path / "new")
         assert (state.copied, state.is_full, state.is_done) == (301, False, True)
 
@@ -160,7 +160,7 @@ async def test_it_ends_before_the_store_would_evict(tmp_path, server, monkeypatc
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"cursors": 1}', b'{"cursors": {"a": "b"}}'])
 def test_a_damaged_state_is_a_new_one(tmp_path, content):
     """Then it begins anew, and finds what is there."""
-    (tmp_path / warm_up.FILE_NAME).write_bytes(content)
+    (tmp_path / warmup.FILE_NAME).write_bytes(content)
     assert read_state(tmp_path) == WarmUp()
 
 
