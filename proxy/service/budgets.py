@@ -49,7 +49,7 @@ _PERIODS: dict[Period, str] = {
 
 
 class SharedSpending(Protocol):
-    """The budgets of clients as all nodes know them: see `cache.shared.client_budget`. Never raises."""
+    """The budgets of clients on all nodes: see `cache.shared.client_budget`. Never raises."""
 
     async def reserve(  # noqa: PLR0913 - by name
         self, name: str, first_day: int, *, here: int, limit: int, amount: int, purchase: str

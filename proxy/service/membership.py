@@ -223,13 +223,16 @@ class Membership:
             self._lock = None
 
     def _note_conflict(self, conflict: str) -> None:
-        if conflict and conflict != self.conflict:
-            what = (
-                f"the name {self.node.name!r}: give each node its own, server.node"
-                if conflict == "name"
-                else "the file node-id of its cache folder: remove it there from a copied folder"
+        if conflict == "name" != self.conflict:
+            log.warning(
+                "another node that is alive has the name %r: give each node its own, server.node",
+                self.node.name,
             )
-            log.warning("another node that is alive has %s", what)
+        elif conflict == "id" != self.conflict:
+            log.warning(
+                "another node that is alive has the same node-id, as in a copied folder: stop this"
+                " one, and delete the file node-id in its cache folder"
+            )
         self.conflict = conflict
 
     def _note_clock(self, ahead_s: float) -> None:

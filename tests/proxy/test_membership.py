@@ -5,17 +5,21 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage, add_up
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.shared import sweep
+from embedding_proxy.cache.shared.client_budget import SharedSpending
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, time_of_purge
 from embedding_proxy.cache.shared.registry import NodeName, read_node_id
 from embedding_proxy.cache.shared.tier import SharedTier
+from embedding_proxy.cache.shared.warmup import Copier, WarmUp
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.charge import Decision
 from embedding_proxy.proxy.service import membership as membership_module
 from embedding_proxy.proxy.service.budgets import Budgets
 from embedding_proxy.proxy.service.membership import Membership
@@ -23,6 +27,8 @@ from embedding_proxy.proxy.service.membership import Membership
 from tests.cache.fakes import entries_in, entry_of, key_of
 from tests.redis_server import needs_redis
 from tests.shared_server import clients
+from tests.test_redis_cluster import client as patient_client
+from tests.test_redis_cluster import cluster
 
 SPACE = Space("m", 4)
 PARTITION = Partition("", SPACE.label, 4)
@@ -369,6 +375,47 @@ async def test_a_copied_folder_is_noticed(tmp_path):
             await one.settle()
             await other.settle()
         assert (one.membership.conflict, other.membership.conflict) == ("id", "id")
+
+
+@needs_redis
+async def test_all_of_it_works_with_a_cluster(tmp_path):
+    """Keys lie on several servers: purges, sums, limits, budgets and warm-up need none together."""
+    with cluster() as servers:
+        url = f"redis+cluster://127.0.0.1:{servers[0].port}"
+        async with (
+            patient_client(url) as mine,
+            patient_client(url) as theirs,
+            running(Node(tmp_path / "a", mine)) as one,
+            running(Node(tmp_path / "b", theirs)) as other,
+        ):
+            texts = [f"text {number}" for number in range(100)]
+            await one.put(*texts, "team")
+            await one.put("team", partition=OTHERS)
+            assert await other.texts(*texts) == set(texts)
+            assert await one.in_redis() == 101
+            await _count(one, "ci", 3)
+            for node in (one, other):
+                await node.membership._tell_sums()
+            assert await _all_sums(other) == {"ci": 3}
+            with opened(tmp_path / "c", 1 << 30, create=True) as file:
+                copier = Copier(mine, file, max_bytes_a_s=1e9)
+                *_, state = [now async for now in copier.run(WarmUp())]
+            assert (state.copied, state.is_done, len(state.cursors)) == (101, True, 3)
+            allowance = one.membership.allowance("p", {"requests": 1.0})
+            no = {"requests": 0.0, "tokens": 0.0}
+            cost = {"requests": 1, "tokens": 1}
+            got = [(await allowance.reserve(cost, 0.0, no, no)).is_reserved for _ in range(2)]
+            assert got == [True, False]
+            spending = SharedSpending(mine, one.membership.node.id)
+            limits = {"here": 5, "limit": 10, "amount": 5, "purchase": "x"}
+            answer = await spending.reserve("ci", 0, **limits)
+            assert answer.decision is Decision.RESERVED
+            await one.membership.exchange.add([_purge(PurgeFilter(namespace=""))])
+            for node in (one, other):
+                await node.settle()
+                assert await node.texts(*texts) == set()
+            assert await one.in_redis() == 1
+            assert await one.texts("team", partition=OTHERS) == {"team"}
 
 
 def test_the_id_of_a_node_is_that_of_its_folder(tmp_path):
