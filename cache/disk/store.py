@@ -325,17 +325,20 @@ class Store:
             return None
 
     async def announce_purge(self) -> bool:
-        """Let all processes of this folder forget what they hold in memory; False if that fails."""
+        """Let all processes of this folder forget what they hold in memory.
+
+        Returns whether all could be told; else this one has forgotten it.
+        """
         target = self._disk.file
-        if target is None:
-            return False
         try:
-            await self._disk.write(partial(purge.announce, target, 0))
+            if target is not None:
+                await self._disk.write(partial(purge.announce, target, 0))
         except FAILURES as error:
             log.warning("a purge cannot be announced: %s", error)
-            return False
-        self.heed_purges()
-        return True
+            target = None
+        if not self.heed_purges():
+            self._forget()
+        return target is not None
 
     async def purge(self, choice: purge.PurgeFilter, before: float) -> int | None:
         """Delete the chosen entries that were stored before a time; return how many.

@@ -198,7 +198,14 @@ class PurgeLog:
         self._lock_path = folder.parent / LOCK_NAME
         self._seen: tuple[int, int] | None = None
         self._latest: tuple[tuple[int, int] | None, PurgeRecord] = (None, PurgeRecord())
+        self._held: tuple[LoggedPurge, ...] = ()
         self.rules = PurgeRules()
+
+    def hold(self, purges: Iterable[LoggedPurge]) -> None:
+        """Let purges hold in this process that cannot be written, in place of the former ones."""
+        self._held = tuple(purges)
+        if self._held:
+            self.rules = PurgeRules([*self.peek().purges.values(), *self._held])
 
     def read(self) -> PurgeRecord:
         """Return what the file holds; of one that is damaged, nothing. Raises OSError."""
@@ -266,7 +273,7 @@ class PurgeLog:
             seen = self._stamp()
             if seen is None or seen == self._seen:
                 return False
-            self.rules = PurgeRules(self.read().purges.values())
+            self.rules = PurgeRules([*self.read().purges.values(), *self._held])
         except OSError as error:
             log.warning("%s cannot be read: %s", self.path, error)
             return False

@@ -8,6 +8,7 @@ from typing import TypeVar
 from embedding_proxy.cache.disk import connection, ledger_reader
 from embedding_proxy.cache.ledger import COLUMNS, MAX_LEDGER_KEYS, By
 from embedding_proxy.cache.shared.client import RedisClient
+from embedding_proxy.cache.shared.client_budget import SharedSpending
 from embedding_proxy.cache.shared.registry import NodeName, NodeState, Registry, read_node_id
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.storage import GIB, node_name, shared_tier
@@ -36,6 +37,28 @@ def run_with_client(settings: Settings, work: Callable[[RedisClient], Awaitable[
             return await work(client)
 
     return asyncio.run(run())
+
+
+def read_others_billed(
+    settings: Settings, clients: Sequence[tuple[str, int, int]]
+) -> list[int] | None:
+    """Return the nanodollars that other nodes have billed some clients; None if that is not known.
+
+    A client is its name, the first day of its period (since 1970), and what this node has billed.
+    """
+    node = node_of(settings)
+
+    async def ask(client: RedisClient) -> list[int] | None:
+        spending = SharedSpending(client, node.id)
+        others = []
+        for name, first_day, here in clients:
+            answer = await spending.settle(name, first_day, here=here)
+            if answer is None:
+                return None
+            others.append(answer.others)
+        return others
+
+    return run_with_client(settings, ask)
 
 
 def read_nodes(settings: Settings) -> Sequence[NodeState] | None:

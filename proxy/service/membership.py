@@ -30,8 +30,13 @@ from embedding_proxy.cache.shared.purge_exchange import (
     NodeReceipt,
     PurgeExchange,
     PurgeState,
+    SharedPurges,
 )
-from embedding_proxy.cache.shared.purge_log import LoggedPurge, PurgeLog, PurgeRecord
+from embedding_proxy.cache.shared.purge_log import (
+    LoggedPurge,
+    PurgeLog,
+    PurgeRecord,
+)
 from embedding_proxy.cache.shared.registry import (
     BEAT_S,
     NodeName,
@@ -89,6 +94,8 @@ class Membership:
         self._state: PurgeState | None = None
         self._known_at = self._sums_at = self._complete_at = float("-inf")
         self._sums_wait_s = SUMS_S
+        self._unwritten: set[str] = set()
+        """Purges that hold in this process, and could not be written to the log."""
         self._receipts: list[tuple[str, NodeReceipt]] = []
         """Those that are not told yet."""
         self._pending: list[LoggedPurge] = []
@@ -263,17 +270,22 @@ class Membership:
         if shared is None:
             return
         present = {one.id for one in shared.purges}
+        is_again = is_first or is_emptied
         missing = [
             one
             for one in record.purges.values()
-            if one.id not in present
-            and (not one.is_told or is_first or is_emptied)
-            # What everybody may forget is not brought back.
-            and one.at > shared.floor
+            # Of those that all knew, what everybody may forget is not brought back.
+            if one.id not in present and (not one.is_told or (is_again and one.at > shared.floor))
         ]
         if missing and not await self.exchange.add(missing):
             return
-        self._unswept += [one for one in missing if not one.is_told]
+        if await self._add(shared, missing, now):
+            self._unswept += [one for one in missing if not one.is_told]
+            self._state, self._known_at = state, self._clock()
+            await self.exchange.compact(shared)
+
+    async def _add(self, shared: SharedPurges, missing: Sequence[LoggedPurge], now: float) -> bool:
+        """Write purges to the log and let them hold; return whether they could be written."""
         news = [replace(one, is_told=True) for one in (*shared.purges, *missing)]
         new: list[LoggedPurge] = []
 
@@ -287,16 +299,22 @@ class Membership:
         try:
             record = await asyncio.to_thread(self.log.change, change)
         except (OSError, TimeoutError) as error:
-            log.warning("the purge log cannot be written: %s", error)
-            return
+            # They hold in this process, and are written when that is possible.
+            if [one for one in news if one.id not in self._unwritten]:
+                log.warning("the purge log cannot be written: %s", error)
+                self._unwritten = {one.id for one in news}
+                self.log.hold(news)
+                await self._store.announce_purge()
+            return False
+        self._unwritten.clear()
+        self.log.hold(())
         self._pending = [one for one in record.purges.values() if not one.is_done]
         if new:
             # From here on nothing of it is served; then it is deleted.
             self.log.refresh()
             await self._store.announce_purge()
             log.info("%d purges of other nodes are made here", len(new))
-        self._state, self._known_at = state, self._clock()
-        await self.exchange.compact(shared)
+        return True
 
     async def _apply(self) -> None:
         """Delete what was purged, in a task of its own: that may take long."""

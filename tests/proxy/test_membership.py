@@ -212,6 +212,26 @@ async def test_a_purged_record_that_is_written_again_is_not_served(tmp_path):
 
 
 @needs_redis
+async def test_a_purge_holds_although_the_log_cannot_be_written(tmp_path, monkeypatch, caplog):
+    """A full disk keeps nothing from being purged; it is written, and deleted, when it has room."""
+    async with three(tmp_path) as (one, _, __):
+        await one.put("a")
+        await one.membership.exchange.add([_purge(PurgeFilter())])
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.membership.log, "change", full)
+            for _ in range(3):
+                await one.membership.tick()
+                assert await one.texts("a") == set()
+            assert caplog.text.count("the purge log cannot be written") == 1
+        await one.settle()
+        assert await one.on_disk() == 0
+
+
+@needs_redis
 async def test_an_interrupted_deletion_goes_on(tmp_path):
     """A kill between learning of a purge and deleting leaves it to the next start."""
     async with clients(1) as (client,):

@@ -56,7 +56,23 @@ async def _status(proxy, key):
         return json.loads(await reply.read())
 
 
-async def test_a_budget_is_one_for_all_nodes(start_nodes, upstream):
+@pytest.fixture
+def configure(tmp_path, server):
+    """Give a function that writes the configuration of a node, for commands."""
+
+    def write(number):
+        path = tmp_path / "config.yaml"
+        cache = {
+            "directory": str(tmp_path / f"node-{number}"),
+            "shared": {"url": server.url, "timeout_ms": 1000},
+        }
+        path.write_text(json.dumps({"server": {"node": f"node-{number}"}, "cache": cache}))
+        return path
+
+    return write
+
+
+async def test_a_budget_is_one_for_all_nodes(start_nodes, upstream, configure, command):
     """Requests at once, at all nodes: what was billed together is the budget, and no more."""
     key = new_key()
     limit = SpendingLimit(20 * COST, "ever")
@@ -73,6 +89,10 @@ async def test_a_budget_is_one_for_all_nodes(start_nodes, upstream):
     for proxy in proxies:
         told = await _status(proxy, key)
         assert told["budget"]["usd_left"] == 0
+    for number in range(NODES):
+        listed = ("keys", "list", "--json", "--config", configure(number))
+        (row,) = (await asyncio.to_thread(command, *listed)).json["keys"]
+        assert row["spent"] == 0.02
 
 
 async def test_the_bill_is_that_of_all_nodes_and_of_this_one(start_nodes, upstream):
@@ -142,25 +162,14 @@ async def test_a_dead_server_fails_nothing(start_nodes, upstream, server):
         assert (await _status(proxy, key))["all_nodes"] is None
 
 
-async def test_stats_shows_all_nodes(start_nodes, tmp_path, server, command, upstream):
+async def test_stats_shows_all_nodes(start_nodes, server, command, configure):
     """This node's sums, those of each node, and those of all together."""
     proxies = await start_nodes()
     for number, proxy in enumerate(proxies):
         assert (await proxy.post({"model": "m", "input": f"text {number}"})).status == 200
         await proxy.service.storage.store.flush_counts()
         await proxy.service.storage.membership._tell_sums()
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        json.dumps(
-            {
-                "server": {"node": "node-0"},
-                "cache": {
-                    "directory": str(tmp_path / "node-0"),
-                    "shared": {"url": server.url, "timeout_ms": 1000},
-                },
-            }
-        )
-    )
+    config = configure(0)
 
     def stats(*arguments):
         return command("cache", "stats", "--config", config, *arguments)
