@@ -124,7 +124,7 @@ async def test_a_request_without_a_trace_leaves_none(nodes, redis, upstream):
     hidden = {"Cache-Control": "no-store"}
     await ask(one, ["secret"], **hidden)
     await tier(one).flush()
-    assert redis.keys("*") == []
+    assert redis.keys("*:r:*") == []
     await filled(one, ["a"])
     assert (await ask(other, ["a"], **hidden))[1] == "hit"
     assert len(other.service.storage.memory) == 0
@@ -156,9 +156,9 @@ async def test_half_precision_is_for_this_tier_only(nodes, redis):
     assert not np.array_equal(found, exact)
     assert np.allclose(found, exact, rtol=1e-3, atol=1e-6)
     assert np.array_equal((await ask(one, ["a"]))[0][0], exact)
-    size = len(redis.value(redis.keys("*")[0]))
+    size = len(redis.value(redis.keys("*:r:*")[0]))
     await filled(other, ["b"])
-    assert max(len(redis.value(key)) for key in redis.keys("*")) == size + 16
+    assert max(len(redis.value(key)) for key in redis.keys("*:r:*")) == size + 16
 
 
 async def test_a_server_that_fails_costs_no_request(nodes, redis, upstream, caplog):

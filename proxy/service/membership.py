@@ -43,6 +43,7 @@ from embedding_proxy.cache.shared.registry import (
     NodeState,
     Registry,
 )
+from embedding_proxy.index.outbox import FAILURES, purge_points
 
 from .budgets import Budgets
 
@@ -333,6 +334,8 @@ class Membership:
             for one in purges:
                 if self._stop.is_set():
                     return
+                if not await self._purge_outbox(one):
+                    return
                 deleted = await self._store.purge(one.choice, one.at)
                 if deleted is None:
                     return
@@ -347,6 +350,28 @@ class Membership:
                 self._unswept.append(one)
         await self._tell_receipts()
         await self._sweep_all()
+
+    async def _purge_outbox(self, purge: LoggedPurge) -> bool:
+        """Delete points that wait for Qdrant; return whether that is done.
+
+        A purge by age is about the ages of entries: their points are sent.
+        """
+        choice = purge.choice
+        if choice.stored_before is not None or choice.used_before is not None:
+            return True
+        try:
+            await asyncio.to_thread(
+                purge_points,
+                self._directory,
+                namespace=choice.namespace,
+                space=choice.space,
+                address=choice.address,
+                before=purge.at,
+            )
+        except FAILURES as error:
+            log.warning("deleting purged points that wait for Qdrant failed: %s", error)
+            return False
+        return True
 
     async def _sweep_all(self) -> None:
         """Delete in the shared tier what was purged, unless another node does."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 
 import pytest
 from embedding_proxy.cache.disk.connection import opened
@@ -18,6 +18,8 @@ from embedding_proxy.cache.shared.registry import NodeName, read_node_id
 from embedding_proxy.cache.shared.tier import SharedTier
 from embedding_proxy.cache.shared.warmup import Copier, WarmUp
 from embedding_proxy.cache.tiers import Tiers
+from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.charge import Decision
 from embedding_proxy.proxy.service import membership as membership_module
@@ -149,6 +151,19 @@ async def test_what_was_bought_after_a_purge_stays(tmp_path):
         await other.put("new")
         await other.settle()
         assert await other.texts("old", "new") == {"new"}
+
+
+@needs_redis
+async def test_points_that_wait_for_qdrant_are_purged_on_every_node(tmp_path):
+    """What was purged is not sent from another node."""
+    async with three(tmp_path) as (one, other, _):
+        with closing(Outbox(other.folder, 1 << 30)) as outbox:
+            points = [Point(id_bytes(n), bytes(16), b"{}", plain=True, new=True) for n in (0, 1)]
+            target = Target("docs", "m", 4)
+            outbox.add(target, points)
+            await one.membership.exchange.add([_purge(PurgeFilter(address=id_bytes(1)))])
+            await other.settle()
+            assert [each.id for each in outbox.batch(target, 1 << 30, 9)] == [id_bytes(0)]
 
 
 @needs_redis
