@@ -51,7 +51,7 @@ class Address:
         """Return it as a URL without user and password."""
         scheme = "rediss" if self.is_tls else "redis"
         if self.path:
-            return f"unix://{self.path}"
+            return f"unix://{self.path}" + (f"?db={self.database}" if self.database else "")
         if self.topology is not Topology.SINGLE:
             scheme = f"{scheme}+{self.topology}"
         hosts = ",".join(f"[{h}]:{p}" if ":" in h else f"{h}:{p}" for h, p in self.hosts)

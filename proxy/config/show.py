@@ -16,6 +16,7 @@ from embedding_proxy.providers import registry
 from .fields import Section
 from .providers import NETWORK, TIMEOUTS, ProviderConfig
 from .schema import Settings
+from .shared import Shared
 
 _WHOLE_REFERENCE = re.compile(r"\$\{[^}]*\}")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)")
@@ -40,10 +41,9 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
     if settings.server.metrics_token is not None:
         token = _content_at(content, "server", "metrics_token")
         shown["server"]["metrics_token"] = _reference(token, "METRICS_TOKEN")
-    shared = settings.cache.shared
-    if shared is not None and "@" in shared.url:
-        url = _content_at(content, "cache", "shared", "url")
-        shown["cache"]["shared"]["url"] = _reference(url, "REDIS_URL")
+    if settings.cache.shared is not None:
+        written = _content_at(content, "cache", "shared")
+        shown["cache"]["shared"] |= _redis_url(settings.cache.shared, written)
     for name, provider in settings.providers.items():
         if provider is not None:
             written = _content_at(content, "providers", name)
@@ -116,6 +116,22 @@ def _provider(name: str, provider: ProviderConfig, written: object) -> dict[str,
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
         shown["headers"][header] = _reference(reference, f"HEADER_{made_up}")
     return shown
+
+
+def _redis_url(shared: Shared, written: object) -> dict[str, str]:
+    """Return what stands for an address with credentials; `written` is what the file says."""
+    address = shared.address
+    given = _content_at(written, "url") if isinstance(written, dict) else written
+    if not (address.username or address.password):
+        return {}
+    if isinstance(given, str) and _WHOLE_REFERENCE.fullmatch(given):
+        return {"url": given}
+    parts = {"url": str(address)}
+    if address.username:
+        parts["username"] = address.username
+    if address.password:
+        parts["password_env"] = "REDIS_PASSWORD"  # noqa: S105 - the name of a variable
+    return parts
 
 
 def _reference(value: object, made_up: str) -> str:

@@ -39,7 +39,7 @@ def setting(key, value, *more):
         ("redis://[::1]:7", "redis://[::1]:7"),
         ("redis+cluster://a,b:7", "redis+cluster://a:6379,b:7"),
         ("redis+sentinel://a,b:7/main/2", "redis+sentinel://a:26379,b:7/main/2"),
-        ("unix:///run/redis.sock?db=2", "unix:///run/redis.sock"),
+        ("unix:///run/redis.sock?db=2", "unix:///run/redis.sock?db=2"),
     ],
 )
 def test_an_address_is_read_and_shown_without_its_secrets(url, shown):

@@ -186,6 +186,34 @@ FILES = _some(
 )
 
 
+@pytest.mark.parametrize(
+    ("shared", "parts"),
+    [
+        ("redis://h", {"url": "redis://h"}),
+        (
+            f"rediss+sentinel://u:{SECRET}@a,b/main/2",
+            {
+                "url": "rediss+sentinel://a:26379,b:26379/main/2",
+                "username": "u",
+                "password_env": "REDIS_PASSWORD",
+            },
+        ),
+        ({"url": "unix:///s?db=3", "username": "u", "password_env": "P"}, {"username": "u"}),
+        ({"url": "${REDIS_URL}", "timeout_ms": 9}, {"url": "${REDIS_URL}", "timeout_ms": 9}),
+    ],
+)
+def test_the_password_of_redis_is_not_shown(shared, parts, tmp_path, monkeypatch):
+    """What is shown is the same address, with the variable of its password."""
+    monkeypatch.setenv("REDIS_URL", f"redis://u:{SECRET}@h/2")
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"cache": {"shared": shared}}), encoding="utf-8")
+    shown = _shown(file)
+    assert SECRET not in shown
+    assert yaml.safe_load(shown)["cache"]["shared"].items() >= parts.items()
+    file.write_text(shown, encoding="utf-8")
+    assert _shown(file) == shown
+
+
 @given(content=FILES)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 def test_whatever_loads_is_shown_and_loads_again(content, tmp_path, monkeypatch):
