@@ -150,6 +150,8 @@ def _purge(
         _confirm(chosen, nodes, is_sure=is_sure)
         if nodes is not None:
             nodes.begin()
+            # Nothing of it is served here from now on, nor copied from the shared tier.
+            purge.announce(store, 0)
         if outbox is not None:
             remove_entries(outbox, [*chosen.points, *chosen.journaled])
         with nullcontext() if nodes is None else nodes.applying():
