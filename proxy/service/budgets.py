@@ -139,7 +139,7 @@ class Budgets:
         first_day = limit.first_day(self._clock())
         if client.first_day != first_day:
             client.first_day, client.known, client.charged = first_day, 0, 0
-            client.others = 0
+            client.others, client.told = 0, None
         counted = client.charged
         if await self._store.flush_counts():
             lines = await self._store.ledger([], lines=LedgerFilter(name, first_day))
@@ -211,14 +211,18 @@ class Budgets:
             # Others may be what it waits for; or the server may be back soon.
             purchase.polls = True
             if answer is not None:
-                client.others = answer.others
+                client.others, client.told = answer.others, here
                 if answer.decision is Decision.EXCEEDED:
                     raise _exceeded(limit)
                 return answer.decision is Decision.RESERVED
-        left = limit.nanodollars - here - client.others
+        left: float = limit.nanodollars - here - client.others
+        if self._shared is not None and left > 0:
+            # What was left when the others were asked last is divided among all nodes.
+            told = client.told = min(here, here if client.told is None else client.told)
+            left = (left + here - told) / self._count_nodes() - (here - told)
         if left <= 0:
             raise _exceeded(limit)
-        share = left / (self._workers * self._count_nodes())
+        share = left / self._workers
         return is_alone or (purchase.amount > 0 and reserved + purchase.amount <= share)
 
     async def _renew(
@@ -249,7 +253,7 @@ class Budgets:
         answer = await shared.settle(name, client.first_day, here=here, ended=ended)
         if answer is not None:
             client.ended -= ended
-            client.others = answer.others
+            client.others, client.told = answer.others, here
 
     def _client(self, name: str) -> "_ClientSpending":
         return self._clients.setdefault(name, _ClientSpending())
@@ -274,6 +278,8 @@ class _ClientSpending:
         """Those that were charged since then, or a few more."""
         self.others = 0
         """Nanodollars that other nodes had billed in the period when they were asked last."""
+        self.told: int | None = None
+        """Nanodollars that this node had billed then; None if they were never asked."""
         self.ended: set[str] = set()
         """Purchases whose end the other nodes were not told yet."""
 

@@ -173,6 +173,15 @@ class _Answers:
         return None
 
 
+async def test_without_the_server_nodes_do_not_pass_a_budget_together(tmp_path):
+    """Each spends its part of what was left when the server answered last, then no more."""
+    spending = _Answers(SpendingAnswer(Decision.RESERVED, 20), None)
+    async with _nodes(tmp_path, [spending, spending, spending]) as (one, *_):
+        assert await one.buy(20)
+        # Of the 80 that were left, a third is this node's; 20 of it are spent.
+        assert [await one.buy(10) for _ in range(3)] == [True, False, False]
+
+
 async def test_what_others_had_billed_counts_after_the_server_is_gone(tmp_path):
     """A budget that other nodes have spent does not begin anew when the server dies."""
     spending = _Answers(SpendingAnswer(Decision.RESERVED, 70), None)
