@@ -4,13 +4,13 @@ import asyncio
 import struct
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from embedding_proxy.cache import record
 from embedding_proxy.cache.errors import NotCached
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiers import TierCounters
 from embedding_proxy.providers.base import CachePolicy, Context, Embedded
 from embedding_proxy.providers.errors import RateLimited
 from embedding_proxy.providers.profile import Limits
@@ -271,7 +271,7 @@ async def test_off_reads_nothing():
     rig = Rig(Changing())
     await ask(rig, "a")
     reads, counters = len(rig.store.reads), rig.tiers.counters
-    before = TierCounters(counters.memory_hits, counters.disk_hits, counters.misses)
+    before = replace(counters)
     assert await ask(rig, "a", context=OFF) == ([MISS], [1])
     assert (len(rig.store.reads), rig.tiers.counters) == (reads, before)
     assert await ask(rig, "a") == ([HIT], [0])

@@ -373,7 +373,8 @@ async def test_each_is_counted_as_any_other(upstream, start_proxy, repeated):
         told = await reply.json()
     assert told["since_start"]["hits"] == 10
     assert told["since_start"]["tokens_saved"] == 10 * tokens
-    assert told["tiers"] == {"memory_hits": 10, "disk_hits": 0, "misses": 1, "mismatches": 0}
+    hits = {"memory_hits": 10, "disk_hits": 0, "shared_hits": 0}
+    assert told["tiers"] == {**hits, "misses": 1, "mismatches": 0}
     await proxy.service._storage.store._writer.flush()
     async with proxy.http.get(f"{place}/metrics", headers=known) as reply:
         lines = await reply.text()
