@@ -99,14 +99,14 @@ class SharedLimits:
         """Reserve room for a call. None = the limits are those of `share` now."""
         now = clock()
         self._resize(now)
-        reservation = await self._allowance.reserve(
-            cost,
-            max_wait_s,
-            {kind: bucket.deficit(now) for kind, bucket in self.share.items()},
-            {kind: bucket.deficit(now) for kind, bucket in self._untold.items()},
-        )
+        deficits = {kind: bucket.deficit(now) for kind, bucket in self.share.items()}
+        untold = {kind: bucket.deficit(now) for kind, bucket in self._untold.items()}
+        # Calls at the same time do not tell it a second time.
+        self._untold = _buckets(self._declared, self._nodes, now)
+        reservation = await self._allowance.reserve(cost, max_wait_s, deficits, untold)
         now = clock()
         if reservation is None:
+            self._note(self._untold, untold, now)
             if not self._is_alone:
                 for bucket in self.share.values():
                     # What others left is no debt: nobody waits for it now.
@@ -114,7 +114,6 @@ class SharedLimits:
             self._is_alone = True
             return None
         self._is_alone = False
-        self._untold = _buckets(self._declared, self._nodes, now)
         if reservation.is_reserved:
             self._note(self.share, cost, now)
         return reservation
@@ -136,7 +135,7 @@ class SharedLimits:
         self._note(self._untold, cost, now)
 
     @staticmethod
-    def _note(buckets: Mapping[str, Bucket], cost: Mapping[str, int], now: float) -> None:
+    def _note(buckets: Mapping[str, Bucket], cost: Mapping[str, float], now: float) -> None:
         for kind, bucket in buckets.items():
             bucket.take(cost[kind], now)
 

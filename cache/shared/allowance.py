@@ -87,7 +87,9 @@ class Allowance:
     ) -> Reservation | None:
         """Reserve room for one call; see `SharedAllowance`."""
         returned, self._returned = self._returned, dict.fromkeys(KINDS, 0.0)
-        arguments: list[bytes | float] = [max_wait_s, self._number]
+        # One call at a time names the bucket: what was taken of late is told once.
+        number, self._number = self._number, b""
+        arguments: list[bytes | float] = [max_wait_s, number]
         for kind in KINDS:
             arguments += [
                 *(self._limits.get(kind, 0.0), cost[kind]),
@@ -96,6 +98,7 @@ class Allowance:
         # After a failure it is not known whether what was returned was heard; so it counts as used.
         reply = await _RESERVE.run(self._client, [self._key], arguments)
         if reply is None:
+            self._number = self._number or number
             return None
         is_reserved, wait_s, self._number = reply
         return Reservation(float(wait_s), bool(is_reserved))

@@ -90,6 +90,31 @@ async def test_an_emptied_server_is_told_what_was_taken():
         assert 1 <= sum(reply.is_reserved for reply in replies) <= 1 + 6 * minutes
 
 
+@needs_redis
+async def test_calls_at_the_same_time_tell_an_emptied_server_once():
+    """What a process has taken is subtracted once, however many of its calls come first."""
+    async with clients(1) as (node,):
+        allowance = Allowance(node, "p", LIMITS)
+        await allowance.reserve(ONE, 0.0, NO, NO)
+        await node.command("FLUSHALL")
+        began = await _now(node)
+        taken = {"requests": 3.0, "tokens": 30.0}
+        replies = await asyncio.gather(*(allowance.reserve(ONE, 0.0, taken, NO) for _ in range(10)))
+        minutes = (await _now(node) - began) / 60
+        assert 3 <= sum(reply.is_reserved for reply in replies) <= 3 + 6 * minutes
+
+
+async def test_calls_at_the_same_time_tell_once_what_was_taken_without_the_server():
+    """The others have nothing to tell."""
+    clock = _Clock()
+    reserved = Reservation(0.0, is_reserved=True)
+    allowance = _Scripted(None, reserved, reserved, reserved)
+    limiter = _limiter(allowance, clock)
+    await limiter.acquire(10, None)
+    await asyncio.gather(*(limiter.acquire(10, None) for _ in range(3)))
+    assert sorted(untold["requests"] for _, untold in allowance.told[1:]) == [0.0, 0.0, 1.0]
+
+
 class _Scripted:
     """An allowance whose answers are given."""
 
@@ -102,6 +127,7 @@ class _Scripted:
 
     async def reserve(self, cost, max_wait_s, deficits, untold):
         self.told.append((dict(deficits), dict(untold)))
+        await asyncio.sleep(0)
         return self.answers.pop(0)
 
     def give_back(self, cost):
