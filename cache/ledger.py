@@ -9,7 +9,7 @@ import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import add
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from embedding_proxy.providers.charge import Account, Bill
 
@@ -166,3 +166,34 @@ ALL_LINES = LedgerFilter()
 
 Line: TypeAlias = tuple[tuple[Any, ...], Usage]
 """The values of the grouped columns, and their sums."""
+
+COLUMNS = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE, By.SPACE)
+"""By what a node tells its sums to others; beside these, by day alone."""
+
+
+class NodeSums(Protocol):
+    """The sums that a node has told."""
+
+    @property
+    def sums(self) -> Sequence[Line]:
+        """By COLUMNS."""
+
+    @property
+    def days(self) -> Sequence[Line]:
+        """By day."""
+
+
+def add_up(nodes: Sequence[NodeSums], by: Sequence[By]) -> list[Line] | None:
+    """Return the sums of all nodes by some of COLUMNS, or by day alone; None for other columns."""
+    if list(by) == [By.DAY]:
+        places, lines = [0], [line for node in nodes for line in node.days]
+    elif By.DAY in by:
+        return None
+    else:
+        places = [COLUMNS.index(column) for column in by]
+        lines = [line for node in nodes for line in node.sums]
+    sums: dict[tuple[Any, ...], Usage] = {}
+    for names, usage in lines:
+        chosen = tuple(names[place] for place in places)
+        sums[chosen] = sums[chosen].plus(usage) if chosen in sums else usage
+    return sorted(sums.items(), key=lambda line: tuple(map(str, line[0])))

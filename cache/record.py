@@ -92,12 +92,18 @@ def is_damaged(record: bytes, digest: bytes) -> bool:
     return bool(magic != _MAGIC or (version == FORMAT and found != digest))
 
 
-def width(record: bytes) -> int | None:
-    """Return the dimensions of a record that is whole, whatever it is about; None if it is not."""
+def read_entry(record: bytes) -> Entry | None:
+    """Return the entry of a record that is whole, whatever it is about; None if it is not."""
     if len(record) < _HEADER.size + _CHECKSUM:
         return None
     *_, dimensions, _, digest = _HEADER.unpack_from(record)
-    return None if decode(record, digest, dimensions) is None else int(dimensions)
+    return decode(record, digest, dimensions)
+
+
+def width(record: bytes) -> int | None:
+    """Return the dimensions of a record that is whole, whatever it is about; None if it is not."""
+    entry = read_entry(record)
+    return None if entry is None else len(entry.vector) // 4
 
 
 def vector_of(record: bytes) -> Vector:

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -90,6 +90,9 @@ class Tiers:
         store.on_purge = self._forget
         self.heed_purges = store.heed_purges
         """See `Store.heed_purges`."""
+        self.is_purged: Callable[[Partition, bytes, float], bool] | None = None
+        """Tells whether an entry that was stored at a time was purged on another node, and is not
+        deleted here yet; None where there are no other nodes."""
         self.counters = TierCounters()
         self._told: set[tuple[int, int]] = set()
 
@@ -154,7 +157,7 @@ class Tiers:
             records = await self._store.lookup([addresses[index] for index in lookup.missing])
             # What was purged while it was read is not kept in memory.
             kept = terms if self._is_purge_epoch(epoch) else replace(terms, write=False)
-            self._add_records(lookup, records, partition.dimensions, kept)
+            self._add_records(lookup, records, partition, kept)
 
     async def _complete_shared(
         self, lookup: Lookup, partition: Partition, terms: CachePolicy
@@ -182,17 +185,22 @@ class Tiers:
         """
         not_before = time.time() - terms.max_age
         is_kept = terms.write and self._is_purge_epoch(epoch)
+        addresses, is_purged = lookup.keys.addresses, self.is_purged
         missing: list[int] = []
         for number, (index, one) in enumerate(zip(lookup.missing, found, strict=True)):
             if number % LOT == LOT - 1:
                 await asyncio.sleep(0)
                 is_kept = is_kept and self._is_purge_epoch(epoch)
-            if one is None or one.stored < not_before:
+            address = addresses[index]
+            if (
+                one is None
+                or one.stored < not_before
+                or (is_purged is not None and is_purged(partition, address, one.stored))
+            ):
                 missing.append(index)
                 continue
             lookup.entries[index] = one.entry
             if is_kept:
-                address = lookup.keys.addresses[index]
                 self.memory.put(address, one.entry, one.stored)
                 if len(self._copies) < MAX_COPIES:
                     self._copies[address] = one.entry, partition, one.stored
@@ -251,20 +259,21 @@ class Tiers:
             if records is None:
                 lookup.is_complete = False
             else:
-                self._add_records(lookup, records, partition.dimensions, terms)
+                self._add_records(lookup, records, partition, terms)
         return lookup
 
     def _add_records(
         self,
         lookup: Lookup,
         records: Mapping[bytes, StoredRecord],
-        dimensions: int,
+        partition: Partition,
         terms: CachePolicy,
     ) -> None:
         """Add what the disk has of the missing entries, as far as it verifies and is new enough.
 
         A record of another width is a miss, and stays.
         """
+        dimensions, is_purged = partition.dimensions, self.is_purged
         not_before = time.time() - terms.max_age
         addresses, digests = lookup.keys.addresses, lookup.keys.digests
         missing: list[int] = []
@@ -279,7 +288,11 @@ class Tiers:
                 lookup.damaged = {**(lookup.damaged or {}), address: found.record}
             elif entry is None:
                 self._warn_of_width(found.record, dimensions)
-            if entry is None or found.stored < not_before:
+            if (
+                entry is None
+                or found.stored < not_before
+                or (is_purged is not None and is_purged(partition, address, found.stored))
+            ):
                 missing.append(index)
                 continue
             if terms.write:

@@ -21,6 +21,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -76,6 +77,7 @@ _TERMS = {
         " OR substr(current_label(space), 1, length(:space) + 1) = :space || '?')"
     ),
     "address": "coalesce(address, point) = :address",
+    "before": "coalesce(at, 0) < :before",
 }
 
 
@@ -416,23 +418,26 @@ class OutboxEntry:
     """The cache address of the input that it was made from."""
 
 
-def select_entries(
+def select_entries(  # noqa: PLR0913 - by name
     file: OutboxFile | ReadOnlyOutbox,
     *,
     namespace: str | None = None,
     space: str | None = None,
     address: bytes | None = None,
+    before: float | None = None,
     tables: Sequence[str] = PENDING,
 ) -> list[OutboxEntry]:
     """Return the points that match all given values; all points if none is given.
 
-    `tables` are PENDING or JOURNAL. A space without parameters matches those with parameters, too.
+    `before` is a time, in seconds since 1970; only points that were added earlier match. `tables`
+    are PENDING or JOURNAL. A space without parameters matches those with parameters, too.
     Raises sqlite3.Error.
     """
     criteria = {
         "namespace": namespace,
         "space": None if space is None else current_label(space),
         "address": address,
+        "before": before,
     }
     values = {name: value for name, value in criteria.items() if value is not None}
     # Points of an earlier version name their space with the values of its parameters.
@@ -447,6 +452,33 @@ def select_entries(
         )
         entries += [OutboxEntry(*row) for row in rows]
     return entries
+
+
+def purge_points(
+    folder: Path,
+    *,
+    namespace: str | None,
+    space: str | None,
+    address: bytes | None,
+    before: float,
+) -> int:
+    """Delete what waits in `folder`, and was added before a time; return how much. See above.
+
+    Raises FAILURES.
+    """
+    if not (folder / FILE_NAME).exists():
+        return 0
+    with closing(OutboxFile(folder)) as file:
+        entries = select_entries(
+            file,
+            namespace=namespace,
+            space=space,
+            address=address,
+            before=before,
+            tables=(*PENDING, *JOURNAL),
+        )
+        remove_entries(file, entries)
+    return len(entries)
 
 
 def remove_entries(file: OutboxFile, entries: Sequence[OutboxEntry]) -> None:

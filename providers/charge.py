@@ -4,6 +4,7 @@ Money is counted in whole nanodollars (10⁻⁹ USD), so that sums are the same 
 a model at $0.005 per million costs five of them.
 """
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -36,6 +37,26 @@ class SpendingLimit(NamedTuple):
         if self.period == "month":
             day -= datetime.fromtimestamp(now, UTC).day - 1
         return 0 if self.period == "ever" else day
+
+
+class Decision(enum.IntEnum):
+    """Whether a purchase on a client's budget may begin."""
+
+    WAIT = 0
+    """Others are under way, and with them it may not fit."""
+    RESERVED = 1
+    EXCEEDED = 2
+
+
+class SpendingAnswer(NamedTuple):
+    """What was decided for all nodes, and the nanodollars that the other nodes have billed."""
+
+    decision: Decision
+    others: int
+
+
+LEASE_S = 60
+"""Seconds after which what a node has reserved of a budget lapses, unless it is renewed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from embedding_proxy.providers.upstream.rate_limiter import ProviderQueue, estim
 from embedding_proxy.providers.upstream.transport import Reply, Transport
 
 from . import descriptors, request_context, tokens
+from .allowance import SharedAllowance
 from .base import Context, Embedded, Input, Outcome, Space
 from .charge import Charge
 from .client_credential import MOST_KEYS, Credential
@@ -99,9 +100,26 @@ class HttpProvider:
             name, profile.base_url, headers, profile.timeouts, network=profile.network
         )
         self._batch_limits = BatchLimits(name, profile.limits)
+        self._allowance_of_client: Callable[[str], SharedAllowance] | None = None
         self._queue = ProviderQueue(name, profile.limits, sleep)
         self._client_queues = LRUCache[str, ProviderQueue](MOST_KEYS)
         self._new_queue = partial(ProviderQueue, name, profile.limits, sleep, connections)
+
+    def share_limits(
+        self, own: SharedAllowance, of_client: Callable[[str], SharedAllowance]
+    ) -> None:
+        """Let the declared limits a minute be those of all nodes together.
+
+        `own` counts calls with the proxy's key; `of_client` gives the same of a client's.
+        Called before the first call.
+        """
+        self._queue = self._new_queue(shared=own)
+        self._allowance_of_client = of_client
+
+    def _client_queue(self, credential: Credential) -> ProviderQueue:
+        """Return a new queue for the calls with a client's own key."""
+        of_client = self._allowance_of_client
+        return self._new_queue(shared=of_client and of_client(credential.secret))
 
     @property
     def accepts_tokens(self) -> bool:
@@ -179,7 +197,9 @@ class HttpProvider:
                 raise ClientKeyRefused(
                     f"{self.name}: is asked with the client's own key; none came"
                 )
-            queue = self._client_queues.get_or_make(credential.name, self._new_queue)
+            queue = self._client_queues.get_or_make(
+                credential.name, partial(self._client_queue, credential)
+            )
             headers = self._key_header(credential.secret)
         try:
             payload = orjson.dumps(self._payload(model, space, inputs, context))

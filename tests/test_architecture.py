@@ -52,6 +52,7 @@ TERMS = {"blocking", "in_flight", "shared"}
 """The field's own terms: blocking calls, requests in flight, the shared tier."""
 
 SEEN_BY_CACHE = {
+    "providers.allowance",
     "providers.base",
     "providers.charge",
     "providers.client_credential",

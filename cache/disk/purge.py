@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from embedding_proxy.cache.key import OTHER_NAMESPACE
 from embedding_proxy.cache.private_files import FILE_MODE
 from embedding_proxy.providers.base import current_label
 
+from . import bounds
 from .read_only import ReadableFile
 from .schema import Sql, release_pages
 
@@ -104,15 +106,26 @@ def is_chosen(database: ReadableFile, choice: PurgeFilter, address: bytes) -> bo
     )
 
 
-def delete(database: WritableFile, choice: PurgeFilter, *, overwrite: bool = True) -> Iterator[int]:
+def delete(
+    database: WritableFile,
+    choice: PurgeFilter,
+    *,
+    overwrite: bool = True,
+    before: float | None = None,
+) -> Iterator[int]:
     """Delete the chosen entries, yielding after each transaction how many it deleted.
 
     What is deleted is overwritten with zeros unless told not to. Entries that are stored meanwhile
-    are left: where much is stored, it would not end, and delete what was bought after it began. In
-    the end the pages that are free are given back. Raises FAILURES.
+    are left: where much is stored, it would not end, and delete what was bought after it began. So
+    are those that were stored at `before` or later, in seconds since 1970. In the end the pages
+    that are free are given back. Raises FAILURES.
     """
+    if before is not None and (choice.address is None and choice != PurgeFilter()):
+        stored_before = choice.stored_before
+        until = before if stored_before is None else min(before, stored_before)
+        choice = replace(choice, stored_before=until)
     if choice.address is not None or choice == PurgeFilter():
-        yield from _delete_records(database, choice, overwrite=overwrite)
+        yield from _delete_records(database, choice, overwrite=overwrite, before=before)
     else:
         for partition, _ in _partitions(database.sql, choice):
             end = _end(database.sql, partition)
@@ -178,13 +191,15 @@ def _delete(connection: Any, rows: Sequence[tuple[int]]) -> None:  # noqa: ANN40
 
 
 def _delete_records(
-    database: WritableFile, choice: PurgeFilter, *, overwrite: bool
+    database: WritableFile, choice: PurgeFilter, *, overwrite: bool, before: float | None
 ) -> Iterator[int]:
     """Delete the record at an address, or all records, also those without further rows."""
     condition, values = where(choice)
     # A row that others move to the end of the file meanwhile is known by its time.
-    values["began"] = time.time()
+    values["began"] = time.time() if before is None else before
     ((values["newest"],),) = database.sql("SELECT max(rowid) FROM Cache")
+    if before is not None:
+        values["newest"] = -1
     is_old = "(Cache.rowid <= :newest OR coalesce(CAST(store_time AS REAL), 0) < :began)"
     last, deleted = 0, ROWS_A_TRANSACTION
     while deleted == ROWS_A_TRANSACTION:
@@ -212,6 +227,21 @@ def _deleting(database: WritableFile, *, overwrite: bool) -> Iterator[Any]:
         finally:
             # The same connection writes, and evicts, when nobody purges.
             connection.execute("PRAGMA secure_delete = 0").fetchall()
+
+
+def spillover(choice: PurgeFilter) -> list[PurgeFilter]:
+    """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
+
+    See `bounds`. An entry there does not say which namespace or space it is of.
+    """
+    filters = []
+    rest = None if choice.space is None else bounds.rest_of(current_label(choice.space))
+    if rest is not None and rest != choice.space:
+        filters.append(replace(choice, space=rest))
+    is_chosen_by_name = choice.namespace is not None or choice.space is not None
+    if is_chosen_by_name and choice.namespace != OTHER_NAMESPACE:
+        filters.append(replace(choice, namespace=OTHER_NAMESPACE, space=None))
+    return filters
 
 
 class PurgeSignal:

@@ -326,6 +326,45 @@ class Store:
             # The next read of records finds and reports the failure.
             return None
 
+    async def announce_purge(self) -> bool:
+        """Let all processes of this folder forget what they hold in memory.
+
+        Returns whether all could be told; else this one has forgotten it.
+        """
+        target = self._disk.file
+        try:
+            if target is not None:
+                await self._disk.write(partial(purge.announce, target, 0))
+        except FAILURES as error:
+            log.warning("a purge cannot be announced: %s", error)
+            target = None
+        if not self.heed_purges():
+            self._forget()
+        return target is not None
+
+    async def purge(self, choice: purge.PurgeFilter, before: float) -> int | None:
+        """Delete the chosen entries that were stored before a time; return how many.
+
+        The time is in seconds since 1970. None = not all could be deleted now. Never raises.
+        """
+        await self._salvager.finished()
+        target = self._disk.file
+        if target is None or not self._writer.ready:
+            return None
+        deleted = 0
+        try:
+            for one in (choice, *purge.spillover(choice)):
+                steps = purge.delete(target, one, before=before)
+                while (count := await self._disk.write(partial(next, steps, None))) is not None:
+                    deleted += count
+            if deleted:
+                await self._disk.write(partial(purge.announce, target, deleted))
+        except FAILURES as error:
+            log.warning("deleting what was purged on another node failed: %s", error)
+            return None
+        self.heed_purges()
+        return deleted
+
     async def _expire(self, before: float) -> None:
         """Delete expired records, unless another process does it now."""
         target = self._disk.file

@@ -45,6 +45,29 @@ def pack(record: bytes, stored: float, partition: Partition) -> bytes | None:
     return head + record + checksum(head + record[-_CHECKSUM:])
 
 
+class RecordHead(NamedTuple):
+    """What a value says beside its record."""
+
+    stored: float
+    """When it was bought, in seconds since 1970."""
+    partition: Partition
+
+
+def read_head(value: bytes) -> RecordHead | None:
+    """Return what the first bytes of a value say, unverified; None if they say nothing, or end."""
+    if len(value) < _HEAD.size:
+        return None
+    stored_ms, dimensions, namespace_size, space_size = _HEAD.unpack_from(value)
+    space, end = _HEAD.size + namespace_size, _HEAD.size + namespace_size + space_size
+    if len(value) < end:
+        return None
+    try:
+        namespace, label = value[_HEAD.size : space].decode(), value[space:end].decode()
+    except UnicodeDecodeError:
+        return None
+    return RecordHead(stored_ms / 1000, Partition(namespace, label, dimensions))
+
+
 def unpack(value: bytes) -> SharedRecord | None:
     """Return what a value holds; None if it is damaged. The record is the reader's to verify."""
     if len(value) < _HEAD.size + 2 * _CHECKSUM:

@@ -4,6 +4,9 @@
 `ProviderQueue` is the queue before one provider: its declared limits, the learned ones of each
 model, and the concurrency limit.
 
+A `SharedAllowance` makes the declared limits one allowance of several nodes. While it cannot be
+asked, this process keeps to its share of them.
+
 Queues are first in, first out. No call waits past the time by which it must begin: one that would
 have to fails at once, and may go to another route.
 """
@@ -13,7 +16,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
+from typing import NoReturn
 
+from embedding_proxy.providers.allowance import Bucket, SharedAllowance, SharedLimits
 from embedding_proxy.providers.base import Context, Input
 from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, Refusal
 from embedding_proxy.providers.profile import Limits
@@ -25,6 +30,8 @@ MAX_PAUSE_S = 60.0
 MAX_PAUSE_WAIT_S = 20.0
 """The longest pause that a call waits for; before a longer one it fails, for the next route."""
 NEVER = float("-inf")
+MAX_SHARED_WAIT_S = 1e9
+"""What a call without a deadline waits for the limits of all nodes."""
 MAX_MODELS = 1000
 """Models whose learned limits are kept, the most recently used ones."""
 
@@ -42,31 +49,6 @@ def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-class Bucket:
-    """An allowance that refills evenly; one call larger than all of it may overdraw it."""
-
-    def __init__(self, capacity: float, level: float, per_s: float, now: float) -> None:
-        self.capacity = capacity
-        self._level = level
-        self._per_s = per_s
-        self._at = now
-
-    def _refill(self, now: float) -> None:
-        self._level = min(self.capacity, self._level + max(0.0, now - self._at) * self._per_s)
-        self._at = now
-
-    def wait(self, cost: float, ahead: float, now: float) -> float:
-        """Return the seconds until `cost` may be taken after `ahead` has been."""
-        self._refill(now)
-        missing = ahead + min(cost, self.capacity) - self._level
-        return 0.0 if missing <= 0 else missing / self._per_s
-
-    def take(self, cost: float, now: float) -> None:
-        """Take `cost`, below zero if need be."""
-        self._refill(now)
-        self._level -= cost
-
-
 class RateLimiter:
     """Limits of requests and tokens per minute, of one upstream or of one model there.
 
@@ -80,6 +62,7 @@ class RateLimiter:
         *,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
+        shared: SharedAllowance | None = None,
         clock: Callable[[], float] | None = None,
         wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -90,7 +73,10 @@ class RateLimiter:
         self._sleep = sleep
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._has_limits = requests_per_minute is not None or tokens_per_minute is not None
+        self._shared: SharedLimits | None = None
         self._buckets: dict[str, Bucket] = {}
+        if shared is not None and self._has_limits:
+            self._shared = SharedLimits(shared, self._declared)
         self._queue = asyncio.Lock()  # first in, first out
         self._waiting = {"requests": 0, "tokens": 0}
         self._in_flight = {"requests": 0, "tokens": 0}
@@ -116,7 +102,9 @@ class RateLimiter:
 
     def release(self, tokens: int, *, is_unused: bool = False) -> None:
         """Note the end of a call; one that was not made does not count against the limits."""
-        if is_unused:
+        if is_unused and self._shared is not None:
+            self._shared.give_back({"requests": 1, "tokens": tokens}, self._clock())
+        elif is_unused:
             self._take({"requests": 1, "tokens": tokens}, -1)
         self._in_flight["requests"] -= 1
         self._in_flight["tokens"] -= tokens
@@ -138,6 +126,11 @@ class RateLimiter:
             await self._sleep(seconds)
 
     async def _wait(self, cost: Mapping[str, int], deadline: float | None) -> None:
+        if self._shared is not None:
+            if await self._is_shared_wait_over(self._shared, cost, deadline):
+                return
+            # The queue is then before the share of this process.
+            self._buckets = self._shared.share
         now = self._clock()
         for kind, per_minute in self._declared.items():
             if per_minute is not None and kind not in self._buckets:
@@ -154,8 +147,29 @@ class RateLimiter:
                 # A call that is cancelled before this line has taken nothing; the next one
                 # continues.
                 self._take(cost)
+                if self._shared is not None:
+                    self._shared.note_untold(cost, self._clock())
         finally:
             _add(self._waiting, cost, -1)
+
+    async def _is_shared_wait_over(
+        self, shared: SharedLimits, cost: Mapping[str, int], deadline: float | None
+    ) -> bool:
+        """Wait for room within the limits of all nodes; False if they cannot be asked now."""
+        now = self._clock()
+        max_wait_s = MAX_SHARED_WAIT_S if deadline is None else deadline - now
+        reservation = await shared.reserve(cost, max_wait_s, self._clock)
+        if reservation is None:
+            return False
+        if not reservation.is_reserved:
+            self._refuse(reservation.wait_s)
+        try:
+            if reservation.wait_s > 0:
+                await self._sleep(reservation.wait_s)
+        except BaseException:
+            shared.give_back(cost, self._clock())
+            raise
+        return True
 
     def _seconds(self, cost: Mapping[str, int], ahead: Mapping[str, int], now: float) -> float:
         """Return the seconds that a call behind `ahead` has to wait."""
@@ -175,9 +189,12 @@ class RateLimiter:
     def _refuse_late(self, seconds: float, now: float, deadline: float | None) -> None:
         too_late = deadline is not None and seconds > 0 and now + seconds >= deadline
         if too_late or self._paused_for(now) > MAX_PAUSE_WAIT_S:
-            message = f"its limit of calls is used up; there is room again in {seconds:.1f} s"
-            refusal = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
-            raise LocalQueueFull(self._provider, message, refusal)
+            self._refuse(seconds)
+
+    def _refuse(self, seconds: float) -> NoReturn:
+        message = f"its limit of calls is used up; there is room again in {seconds:.1f} s"
+        refusal = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
+        raise LocalQueueFull(self._provider, message, refusal)
 
     def learn(self, headers: Mapping[str, str]) -> None:
         """Take over the limits in the headers of a reply; see `rate_limit_headers.allowance`.
@@ -220,8 +237,12 @@ class ProviderQueue:
         limits: Limits,
         sleep: Callable[[float], Awaitable[None]],
         connections: asyncio.Semaphore | None = None,
+        shared: SharedAllowance | None = None,
     ) -> None:
-        """Take `connections` as shared by several queues of one provider; None = any number."""
+        """Take `connections` as shared by several queues of one provider; None = any number.
+
+        `shared` is the allowance of all nodes under the declared limits.
+        """
         self.connections = connections
         self.provider = provider
         self.slots = asyncio.Semaphore(limits.concurrency)
@@ -231,6 +252,7 @@ class ProviderQueue:
             provider,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
+            shared=shared,
             sleep=sleep,
         )
         self._learned: OrderedDict[str, RateLimiter] = OrderedDict()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 from embedding_proxy.cache import atomic_file, ledger
@@ -42,6 +42,9 @@ from .output import (
     progress,
     tell_store,
 )
+
+if TYPE_CHECKING:
+    from embedding_proxy.cache.shared.registry import NodeState
 
 NamespaceOption = Annotated[
     str | None,
@@ -229,11 +232,17 @@ def show_stats(
         list[ledger.By] | None,
         typer.Option(help="Show the usage, summed by this. Can be given several times."),
     ] = None,
+    of_all_nodes: Annotated[
+        bool, typer.Option("--all-nodes", help="With --by: the sums of all nodes together.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show entries by namespace and space, the hit rate, and the saved cost."""
     settings = loader.load(config_file, purpose="inspect")
     columns = list(dict.fromkeys(by or ()))
+    if of_all_nodes:
+        _show_bill_of_nodes(settings, columns, as_json=as_json)
+        return
     with open_store_for_reading(settings) as file:
         if columns:
             bill = [status.line(columns, *line) for line in ledger_reader.read(file.sql, columns)]
@@ -246,10 +255,68 @@ def show_stats(
             _print_bill(columns, bill)
         return
     values = _as_dict(settings, store_stats)
+    nodes = _read_nodes(settings)
+    if settings.cache.shared is not None:
+        values["nodes"] = None if nodes is None else [status.node_fields(node) for node in nodes]
+        values["all_nodes"] = None if nodes is None else status.all_fields(nodes)
     if as_json:
         print_json(values)
+        return
+    _print_stats(store_stats, values)
+    if nodes:
+        _print_nodes(values)
+
+
+def _read_nodes(settings: Settings) -> "Sequence[NodeState] | None":
+    """Return the nodes that share a Redis; None where there is but one, or it does not answer."""
+    if settings.cache.shared is None:
+        return None
+    from .nodes import read_nodes  # noqa: PLC0415 - needs the extra `redis`
+
+    nodes = read_nodes(settings)
+    if nodes is None:
+        typer.echo("the shared Redis does not answer: the sums are those of this node", err=True)
+    return nodes
+
+
+def _show_bill_of_nodes(settings: Settings, columns: Sequence[ledger.By], *, as_json: bool) -> None:
+    if settings.cache.shared is None:
+        raise WrongUsage("--all-nodes: there is one node; see `cache.shared`")
+    nodes = _read_nodes(settings)
+    if nodes is None:
+        raise WorkFailed("the sums of other nodes are not known now")
+    lines = ledger.add_up(nodes, columns) if columns else None
+    if lines is None:
+        raise WrongUsage(
+            "--all-nodes: needs --by: day alone, or model, provider, client, namespace and space"
+        )
+    bill = [status.line(columns, *line) for line in lines]
+    if as_json:
+        print_json(bill)
     else:
-        _print_stats(store_stats, values)
+        _print_bill(columns, bill)
+
+
+def _print_nodes(shown: dict[str, Any]) -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("node", "state"):
+        table.add_column(title, no_wrap=True)
+    for title in ("inputs", "hit rate", "saved", "spent"):
+        table.add_column(title, justify="right", no_wrap=True)
+    now = time.time()
+    for node in shown["nodes"]:
+        heard = "stopped" if node["is_stopped"] else f"last heard of {age(now - node['seen'])} ago"
+        _add_node(table, node["name"], "alive" if node["is_alive"] else heard, node)
+    _add_node(table, "all nodes", "", shown["all_nodes"])
+    console(MAX_TABLE_WIDTH).print(table)
+
+
+def _add_node(table: Any, name: str, state: str, sums: dict[str, Any]) -> None:  # noqa: ANN401
+    inputs = sums["hits"] + sums["joins"] + sums["misses"] + sums["duplicates"]
+    cells = (f"{inputs:,}", share(inputs - sums["misses"], inputs))
+    table.add_row(name, state, *cells, money(sums["usd_saved"]), money(sums["usd_billed"]))
 
 
 def _as_dict(settings: Settings, store_stats: stats.Stats) -> dict[str, Any]:

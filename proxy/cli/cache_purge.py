@@ -5,18 +5,18 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
-from typing import Annotated
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from embedding_proxy.cache.disk import bounds, purge, salvage
+from embedding_proxy.cache.disk import purge, salvage
 from embedding_proxy.cache.disk.connection import DiskFull
 from embedding_proxy.cache.disk.database import is_damage
 from embedding_proxy.cache.disk.exclusive_file import open_alone
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.disk.store import TICK_SECONDS
-from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
+from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
 from embedding_proxy.index.outbox import (
     JOURNAL,
@@ -26,7 +26,6 @@ from embedding_proxy.index.outbox import (
     select_entries,
 )
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
-from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.charge import NANO
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
@@ -53,6 +52,9 @@ from .output import (
     tell_store,
 )
 
+if TYPE_CHECKING:
+    from .node_purge import NodePurge
+
 wait = time.sleep
 
 
@@ -77,13 +79,18 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model of --input.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All entries.")] = False,
+    wait_s: Annotated[
+        float,
+        typer.Option("--wait", min=0, help="Seconds to wait for other nodes, with `cache.shared`."),
+    ] = 10.0,
     dry_run: Annotated[bool, typer.Option(help="Count only; delete nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Delete the entries that match all given options, also from running proxies.
 
-    It shows what the entries cost, and asks. Without a terminal, --yes is required.
+    With `cache.shared` all nodes delete them, and the shared tier; a node that is down does so when
+    it starts. It shows what the entries cost, and asks. Without a terminal, --yes is required.
     """
     settings = loader.load(config_file, purpose="inspect")
     now = time.time()
@@ -102,35 +109,57 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         limit = int(settings.cache.size_limit_gib * GIB)
         salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned_namespaces)
     deleted = 0
+    nodes = _nodes(settings, choice)
     if dry_run:
         with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as outbox:
             chosen = _look_up(settings, file, outbox, choice)
     else:
         is_full = False
         try:
-            chosen, deleted = _purge(settings, choice, is_sure=yes)
+            chosen, deleted = _purge(settings, choice, nodes, is_sure=yes)
         except DiskFull:
             is_full = True
         if is_full:
             gc.collect()  # A file that could not be opened is open as long as the failure is kept.
-            chosen, deleted = _purge_in_place(settings, choice, is_sure=yes)
-    _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
+            chosen, deleted = _purge_in_place(settings, choice, nodes, is_sure=yes)
+    if nodes and not dry_run:
+        nodes.end(deleted, wait_s)
+    _tell(chosen, deleted, nodes, dry_run=dry_run, as_json=as_json)
+    if nodes and not dry_run and not nodes.is_told:
+        raise WorkFailed(
+            "the shared Redis does not answer: deleted on this node alone; the others are told by"
+            " the proxy of this node as soon as it answers"
+        )
+
+
+def _nodes(settings: Settings, choice: purge.PurgeFilter) -> "NodePurge | None":
+    """Return the same purge on all nodes; None where there is but one."""
+    if settings.cache.shared is None:
+        return None
+    from .node_purge import NodePurge  # noqa: PLC0415 - needs the extra `redis`
+
+    return NodePurge(settings, choice)
 
 
 def _purge(
-    settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
+    settings: Settings, choice: purge.PurgeFilter, nodes: "NodePurge | None", *, is_sure: bool
 ) -> tuple["_Chosen", int]:
     """Delete a choice beside running proxies; return it, and the number of deleted entries."""
     with open_store(settings) as store, _outbox(settings) as outbox:
         chosen = _look_up(settings, store, outbox, choice)
-        _confirm(chosen, is_sure=is_sure)
+        _confirm(chosen, nodes, is_sure=is_sure)
+        if nodes is not None:
+            nodes.begin()
+            # Nothing of it is served here from now on, nor copied from the shared tier.
+            purge.announce(store, 0)
         if outbox is not None:
             remove_entries(outbox, [*chosen.points, *chosen.journaled])
-        return chosen, _delete(store, chosen.choices, chosen.entries)
+        with nullcontext() if nodes is None else nodes.applying():
+            return chosen, _delete(store, chosen.choices, chosen.entries)
 
 
 def _purge_in_place(
-    settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
+    settings: Settings, choice: purge.PurgeFilter, nodes: "NodePurge | None", *, is_sure: bool
 ) -> tuple["_Chosen", int]:
     """Do the same without room on the disk, if no proxy runs. Raises StoreError."""
     with open_alone(settings.cache.directory) as file, _outbox_for_reading(settings) as pending:
@@ -139,23 +168,34 @@ def _purge_in_place(
             "the disk is full: the store is changed in place, alone; a kill may damage it", err=True
         )
         chosen = _look_up(settings, file, pending, choice)
-        _confirm(chosen, is_sure=is_sure)
+        _confirm(chosen, nodes, is_sure=is_sure)
         deleted = _delete(file, chosen.choices, chosen.entries)
-    # Now there is room for its log.
+    # Now there is room for its log, and for what the other nodes are told.
+    if nodes is not None:
+        nodes.begin()
     with _outbox(settings) as outbox:
         if outbox is not None:
             remove_entries(outbox, [*chosen.points, *chosen.journaled])
     return chosen, deleted
 
 
-def _confirm(chosen: "_Chosen", *, is_sure: bool) -> None:
-    if not is_sure and (chosen.entries or chosen.points):
+def _confirm(chosen: "_Chosen", nodes: "NodePurge | None", *, is_sure: bool) -> None:
+    if not is_sure and nodes is not None:
+        confirm(f"Delete {chosen.summary} here, and what matches on all other nodes, for good?")
+    elif not is_sure and (chosen.entries or chosen.points):
         confirm(f"Delete {chosen.summary} for good?")
 
 
-def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> None:
+def _tell(
+    chosen: "_Chosen",
+    deleted: int,
+    nodes: "NodePurge | None",
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     if as_json:
-        content = {
+        content: dict[str, Any] = {
             "chosen": chosen.entries,
             "bytes": chosen.bytes,
             "usd_value": None if chosen.nanodollars is None else chosen.nanodollars / NANO,
@@ -164,6 +204,9 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
         }
         if chosen.of_others:
             content["of_shared_partitions"] = chosen.of_others
+        if nodes is not None:
+            content["nodes"] = [asdict(one) for one in nodes.results]
+            content["deleted_shared"] = nodes.swept
         print_json({**content, "dry_run": dry_run})
         return
     verb = "would be deleted" if dry_run else "deleted"
@@ -181,6 +224,9 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
             f" {'waits' if len(chosen.points) == 1 else 'wait'} for Qdrant {verb};"
             " those in Qdrant stay"
         )
+    if nodes is not None and not dry_run:
+        for told in nodes.describe():
+            typer.echo(told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,16 +268,13 @@ def _look_up(
 ) -> _Chosen:
     """Return what a choice matches. Raises WrongUsage if it names something that does not exist."""
     namespace, space = choice.namespace, choice.space
-    is_named = namespace is not None or space is not None
-    if is_named and not (outbox and select_entries(outbox, namespace=namespace, space=space)):
+    # What this node does not hold, another one may.
+    is_checked = settings.cache.shared is None and (namespace is not None or space is not None)
+    if is_checked and not (outbox and select_entries(outbox, namespace=namespace, space=space)):
         check_known(settings, file, namespace, space)
     choices = [
         choice,
-        *(
-            filter_
-            for filter_ in _shared_partitions(choice)
-            if purge.count_entries(file, filter_)[0]
-        ),
+        *(filter_ for filter_ in purge.spillover(choice) if purge.count_entries(file, filter_)[0]),
     ]
     counts = [purge.count_entries(file, filter_) for filter_ in choices]
     entries, entry_bytes = (sum(column) for column in zip(*counts, strict=True))
@@ -273,21 +316,6 @@ def _delete(file: purge.WritableFile, choices: Sequence[purge.PurgeFilter], entr
         if deleted and not purge.announce(file, deleted):
             wait(2 * TICK_SECONDS)  # By then, running proxies have noticed.
     return deleted
-
-
-def _shared_partitions(choice: purge.PurgeFilter) -> list[purge.PurgeFilter]:
-    """Return the shared partitions that may also hold chosen entries.
-
-    See `cache.disk.bounds`. An entry there does not name its namespace or space.
-    """
-    filters = []
-    rest = None if choice.space is None else bounds.rest_of(current_label(choice.space))
-    if rest is not None and rest != choice.space:
-        filters.append(replace(choice, space=rest))
-    is_chosen_by_name = choice.namespace is not None or choice.space is not None
-    if is_chosen_by_name and choice.namespace != OTHER_NAMESPACE:
-        filters.append(replace(choice, namespace=OTHER_NAMESPACE, space=None))
-    return filters
 
 
 @contextmanager

@@ -98,6 +98,10 @@ cache_app = group(
             "cache_purge",
             "Delete the entries that match all given options, also from running proxies.",
         ),
+        "warm-up": Place(
+            "cache_warmup",
+            "Copy the records of the shared tier to this node's disk, while proxies run.",
+        ),
         "backup": Place(
             "cache",
             "Copy all entries and the ledger to FILE, while proxies run.",

@@ -111,7 +111,8 @@ def list_keys(config_file: ConfigOption = None, *, as_json: JsonOption = False) 
     settings = loader.load(config_file, purpose="inspect")
     now = datetime.now(UTC)
     keys = read_keys(KeysFile(settings.keys_path)) or ()
-    rows = [_row(key, settings, now) for key in keys]
+    spent = _all_spent(keys, settings)
+    rows = [_row(key, billed, now) for key, billed in zip(keys, spent, strict=True)]
     if as_json:
         print_json({"file": path_text(settings.keys_path), "keys": rows})
         return
@@ -205,22 +206,47 @@ def _expiry(text: str, now: datetime) -> datetime:
     return moment
 
 
-def _row(key: StoredKey, settings: Settings, now: datetime) -> dict[str, object]:
+def _row(key: StoredKey, spent: int | None, now: datetime) -> dict[str, object]:
     return {
         "name": key.name,
         "id": key.digest.hex()[:_ID],
         "namespace": key.namespace,
         "admin": key.is_admin,
         "budget": key.limit and keys_file.limit_text(key.limit),
-        "spent": _spent(key, settings),
+        "spent": None if spent is None else spent / NANO,
         "created": key.created.strftime(_TIME),
         "expires": key.expires and key.expires.strftime(_TIME),
         "state": "valid" if key.is_valid(now) else "expired",
     }
 
 
-def _spent(key: StoredKey, settings: Settings) -> float | None:
-    """Return the dollars of the present period; None without a budget, or if not known."""
+def _all_spent(keys: Sequence[StoredKey], settings: Settings) -> list[int | None]:
+    """Return the nanodollars of the present period of each key, those of all nodes.
+
+    None for a key without a budget, or where nobody knows.
+    """
+    now = time.time()
+    spent = [_spent(key, settings) for key in keys]
+    asked = [
+        (index, (key.name, key.limit.first_day(now), here))
+        for index, (key, here) in enumerate(zip(keys, spent, strict=True))
+        if key.limit is not None and here is not None
+    ]
+    if settings.cache.shared is None or not asked:
+        return spent
+    from .nodes import read_others_billed  # noqa: PLC0415 - needs the extra `redis`
+
+    others = read_others_billed(settings, [client for _, client in asked])
+    if others is None:
+        say("the shared Redis does not answer: what is spent is that of this node")
+        return spent
+    for (index, (_, _, here)), billed in zip(asked, others, strict=True):
+        spent[index] = here + billed
+    return spent
+
+
+def _spent(key: StoredKey, settings: Settings) -> int | None:
+    """Return the nanodollars of the present period on this node, or None."""
     if key.limit is None:
         return None
     path = connection.folder_of(settings.cache.directory) / FILE_NAME
@@ -229,7 +255,7 @@ def _spent(key: StoredKey, settings: Settings) -> float | None:
         sums = read_ledger(path, [], lines=lines) if path.exists() else []
     except FAILURES:
         return None
-    return sum(usage.nanodollars_billed for _, usage in sums) / NANO
+    return sum(usage.nanodollars_billed for _, usage in sums)
 
 
 def _cell(value: object) -> str:

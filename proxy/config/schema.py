@@ -78,6 +78,8 @@ class Server(Section):
     host: Name = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
+    node: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    """The name of this node among those that share a Redis; without it the machine's."""
     tls: Tls | None = None
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     allow_oversize: bool = True

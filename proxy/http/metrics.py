@@ -204,6 +204,7 @@ class Metrics:
             *await self._store(),
             *_backlog(index or {}),
             self._drift(),
+            *self._node(),
             _build_info(),
         ]
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
@@ -319,6 +320,39 @@ class Metrics:
                 value=size.file_bytes,
             ),
         ]
+
+    def _node(self) -> Iterator[Metric]:
+        """Yield what this node is, and what it knows of others."""
+        storage = self._service.storage
+        if storage is None:
+            return
+        info = GaugeMetricFamily(
+            PREFIX + "node_info", "1; the name of this node is a label.", labels=["node"]
+        )
+        info.add_metric([storage.node], 1)
+        yield info
+        membership = storage.membership
+        if membership is None:
+            return
+        for name, text, value in (
+            ("nodes_alive", "Nodes that share the Redis and are alive.", membership.alive),
+            (
+                "node_conflict",
+                "Whether another node has the same name or id.",
+                bool(membership.conflict),
+            ),
+            (
+                "node_clock_ahead_seconds",
+                "By how much this machine's clock is ahead of the Redis's.",
+                membership.ahead_s,
+            ),
+            (
+                "node_pending_purges",
+                "Purges whose entries are still to be deleted here.",
+                membership.pending_purges,
+            ),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, text, value=value)
 
     def _drift(self) -> Metric:
         """Return what was found last of each route; the file is everybody's."""

@@ -163,6 +163,7 @@ def unchangeable(old: Settings, new: Settings, listening: socket.socket) -> list
         ("server.port", old.server.port, new.server.port),
         ("server.metrics_listen", old.server.metrics_listen, new.server.metrics_listen),
         ("server.workers", old.server.workers, new.server.workers),
+        ("server.node", old.server.node, new.server.node),
         ("server.tls", _on_or_off(old), _on_or_off(new)),
         ("cache.directory", old.cache.directory, new.cache.directory),
     )

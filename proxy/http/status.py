@@ -16,15 +16,19 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
-from embedding_proxy.cache.ledger import By, Usage
+from embedding_proxy.cache.ledger import By, Usage, add_up
 from embedding_proxy.providers.charge import NANO
 from embedding_proxy.providers.routing.retry_budget import MAX_TOKENS
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from embedding_proxy.proxy.service.request import CALLER, Client
+
+if TYPE_CHECKING:
+    from embedding_proxy.cache.shared.registry import NodeState
+    from embedding_proxy.proxy.service.membership import Membership
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
@@ -52,6 +56,30 @@ def line(by: Sequence[By], names: Sequence[Any], usage: Usage) -> dict[str, Any]
     if By.DAY in by:
         fields["day"] = datetime.fromtimestamp(86_400 * fields["day"], UTC).date().isoformat()
     return {**fields, **usage_fields(usage)}
+
+
+def node_fields(node: "NodeState") -> dict[str, Any]:
+    """Return one node that shares a Redis, and the sums of its ledger."""
+    total = Usage()
+    for _, usage in node.sums:
+        total = total.plus(usage)
+    return {
+        "name": node.name,
+        "id": node.id,
+        "is_alive": node.is_alive,
+        "is_stopped": node.is_stopped,
+        "seen": round(node.seen, 3),
+        "clock_ahead_s": node.ahead_s,
+        "version": node.version,
+        **usage_fields(total),
+    }
+
+
+def all_fields(nodes: "Sequence[NodeState]") -> dict[str, Any]:
+    """Return the sums of all nodes, by model and by client, too."""
+    by_model, by_client = add_up(nodes, [By.MODEL]) or [], add_up(nodes, [By.CLIENT]) or []
+    clients = {client: usage_fields(usage) for (client,), usage in by_client if client}
+    return {**_totals({model: usage for (model,), usage in by_model}), "clients": clients}
 
 
 LIVE_PATHS = ("/livez", "/healthz", "/health")
@@ -143,7 +171,41 @@ class Status:
             "name": caller.client,
             "namespace": caller.namespace,
             "since_ever": None if usage is None else usage_fields(usage),
+            **await self._own_of_all_nodes(caller),
             "budget": await self._spent(caller),
+        }
+
+    async def _own_of_all_nodes(self, caller: Client) -> dict[str, object]:
+        """Return a client's sums on all nodes; nothing where there is but one."""
+        membership = self._membership
+        if membership is None:
+            return {}
+        nodes = await membership.nodes()
+        lines = None if nodes is None else add_up(nodes, [By.CLIENT])
+        sums = None if lines is None else dict(lines).get((caller.client,), Usage())
+        return {"all_nodes": None if sums is None else usage_fields(sums)}
+
+    @property
+    def _membership(self) -> "Membership | None":
+        return None if self._service.storage is None else self._service.storage.membership
+
+    async def _nodes(self) -> dict[str, object] | None:
+        """Return all nodes that share a Redis, and their sums; None where there is but one.
+
+        Both are None while the Redis does not answer.
+        """
+        membership = self._membership
+        if membership is None:
+            return None
+        nodes = await membership.nodes()
+        return {
+            "id": membership.node.id,
+            "alive": membership.alive,
+            "conflict": membership.conflict or None,
+            "clock_ahead_s": round(membership.ahead_s, 3),
+            "pending_purges": membership.pending_purges,
+            "nodes": None if nodes is None else [node_fields(node) for node in nodes],
+            "since_ever": None if nodes is None else all_fields(nodes),
         }
 
     async def _spent(self, caller: Client) -> dict[str, object] | None:
@@ -166,7 +228,7 @@ class Status:
         shared = None if service.storage is None else service.storage.shared
         return {
             "version": version("embedding-proxy"),
-            "worker": os.getpid(),
+            "node": "" if service.storage is None else service.storage.node,
             "started": int(self._started),
             "cache": {"directory": os.fsencode(directory).decode(errors="replace")},
             "uptime_s": round(time.time() - self._started, 1),
@@ -193,6 +255,7 @@ class Status:
             "tiers": asdict(service.counters),
             "shared": None if shared is None else shared.snapshot(),
             "index": await service.indexing.indexer.snapshot() if service.indexing else None,
+            "nodes": await self._nodes(),
             "since_start": self._since_start(),
             "since_ever": await self._since_ever(),
         }

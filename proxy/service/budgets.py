@@ -7,22 +7,64 @@ all that is reserved still fits into the process's share of what is left. So a b
 the last purchase of each worker at most, however many requests come at the same time; a purchase
 that does not fit waits for the others to end. What an upstream charges above its list price is not
 reserved.
+
+With `SharedSpending` the same holds for all nodes together: one of them reserves at a time, and the
+whole rest of a budget is open to each. While that cannot be asked, a node buys within its share of
+what is left by what it knew last, and tells later what its ledger says.
 """
 
 import asyncio
+import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from typing import Protocol
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.errors import BudgetExceeded
-from embedding_proxy.cache.ledger import LedgerFilter
+from embedding_proxy.cache.ledger import By, LedgerFilter
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space
-from embedding_proxy.providers.charge import NANO, Bill, SpendingLimit, nanodollars
+from embedding_proxy.providers.charge import (
+    LEASE_S,
+    NANO,
+    Bill,
+    Decision,
+    Period,
+    SpendingAnswer,
+    SpendingLimit,
+    nanodollars,
+)
 
-_PERIODS = {"day": "of this day (UTC)", "month": "of this month (UTC)", "ever": "in all"}
+MIN_POLL_S, MAX_POLL_S = 0.01, 0.5
+"""How often a purchase that waits for those of other nodes asks again: first, and at last."""
+MAX_PUBLISHED = 10_000
+
+_PERIODS: dict[Period, str] = {
+    "day": "of this day (UTC)",
+    "month": "of this month (UTC)",
+    "ever": "in all",
+}
+
+
+class SharedSpending(Protocol):
+    """The budgets of clients on all nodes: see `cache.shared.client_budget`. Never raises."""
+
+    async def reserve(  # noqa: PLR0913 - by name
+        self, name: str, first_day: int, *, here: int, limit: int, amount: int, purchase: str
+    ) -> SpendingAnswer | None:
+        """Reserve an amount if it fits; None = the other nodes cannot be asked now."""
+
+    async def renew(
+        self, name: str, first_day: int, *, here: int, amount: int, purchase: str
+    ) -> None:
+        """Keep the reservation of a purchase that is under way."""
+
+    async def settle(
+        self, name: str, first_day: int, *, here: int, ended: Iterable[str] = ()
+    ) -> SpendingAnswer | None:
+        """Tell what this node has billed, and which purchases have ended."""
 
 
 class Budgets:
@@ -36,16 +78,68 @@ class Budgets:
         self._workers = workers
         self._clock = clock
         self._clients: dict[str, _ClientSpending] = {}
+        self._shared: SharedSpending | None = None
+        self._count_nodes: Callable[[], int] = lambda: 1
+        self._published: dict[tuple[str, int], int] = {}
+        """What the other nodes were told by `publish`, by client and first day of the period."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        """What is told of purchases that have ended."""
+
+    def share(self, spending: SharedSpending, count_nodes: Callable[[], int]) -> None:
+        """Hold clients to their budgets on all nodes together."""
+        self._shared, self._count_nodes = spending, count_nodes
+
+    async def aclose(self) -> None:
+        """Wait until the other nodes were told of all purchases that have ended."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def publish(self, *, is_complete: bool = False) -> None:
+        """Tell the other nodes what this one has billed, as far as they were not told.
+
+        `is_complete`: tell all, to a server that knows nothing of it. Called now and then; a node
+        that could not tell, or was killed, makes up for it here.
+        """
+        if self._shared is None:
+            return
+        if is_complete:
+            self._published.clear()
+        now = self._clock()
+        for period in _PERIODS:
+            first_day = SpendingLimit(0, period).first_day(now)
+            lines = await self._store.ledger([By.CLIENT], lines=LedgerFilter(None, first_day))
+            for (name,), usage in lines or ():
+                here = usage.nanodollars_billed
+                if not here or self._published.get((name, first_day)) == here:
+                    continue
+                ended = set(self._client(name).ended) if name in self._clients else set()
+                if await self._shared.settle(name, first_day, here=here, ended=ended) is None:
+                    return
+                if name in self._clients:
+                    self._client(name).ended -= ended
+                if len(self._published) >= MAX_PUBLISHED:
+                    self._published.clear()
+                self._published[name, first_day] = here
 
     async def billed(self, name: str, limit: SpendingLimit) -> int:
-        """Return the nanodollars that a client was billed in the present period.
+        """Return the nanodollars that a client was billed in the present period, by all nodes.
 
-        While the ledger cannot be written or read, it is what is known in this process.
+        While the ledger cannot be written or read, it is what is known in this process; while the
+        other nodes cannot be asked, it is with what they had billed when they were asked last.
         """
+        here = await self._billed_here(name, limit)
+        client = self._client(name)
+        if self._shared is not None:
+            await self._settle(self._shared, client, name, here)
+        return here + client.others
+
+    async def _billed_here(self, name: str, limit: SpendingLimit) -> int:
+        """Return the same of this node alone."""
         client = self._client(name)
         first_day = limit.first_day(self._clock())
         if client.first_day != first_day:
             client.first_day, client.known, client.charged = first_day, 0, 0
+            client.others, client.told = 0, None
         counted = client.charged
         if await self._store.flush_counts():
             lines = await self._store.ledger([], lines=LedgerFilter(name, first_day))
@@ -65,33 +159,101 @@ class Budgets:
         buys nothing else meanwhile. Waits until there is room. Raises BudgetExceeded.
         """
         client = self._client(name)
-        async with client.turn:
-            while not await self._fits(client, name, limit, amount):
-                await client.is_released.wait()
-            client.purchases += 1
-            client.reserved += amount
+        purchase = _PendingPurchase(amount)
+        renewal: asyncio.Task[None] | None = None
         try:
-            yield client.note
+            async with client.turn:
+                poll_s = MIN_POLL_S
+                while not await self._fits(client, name, limit, purchase):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(poll_s if purchase.polls else None):
+                            await client.is_released.wait()
+                    poll_s = min(2 * poll_s, MAX_POLL_S)
+                client.purchases += 1
+                client.reserved += amount
+            if self._shared is not None:
+                renewal = asyncio.create_task(self._renew(self._shared, name, limit, purchase))
+            try:
+                yield client.note
+            finally:
+                client.purchases -= 1
+                client.reserved -= amount
+                client.is_released.set()
         finally:
-            client.purchases -= 1
-            client.reserved -= amount
-            client.is_released.set()
+            if renewal is not None:
+                renewal.cancel()
+            if self._shared is not None:
+                client.ended.add(purchase.id)
+                task = asyncio.create_task(self._end(self._shared, client, name, limit))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
     async def _fits(
-        self, client: "_ClientSpending", name: str, limit: SpendingLimit, amount: int
+        self,
+        client: "_ClientSpending",
+        name: str,
+        limit: SpendingLimit,
+        purchase: "_PendingPurchase",
     ) -> bool:
         # Taken before the sums are read: what ends meanwhile counts twice then, and never not.
         client.is_released.clear()
         is_alone, reserved = not client.purchases, client.reserved
-        billed = await self.billed(name, limit)
-        if billed >= limit.nanodollars:
-            raise BudgetExceeded(
-                f"You exceeded the budget of this key, {limit.nanodollars / NANO:g} USD"
-                f" {_PERIODS[limit.period]}. What is cached is still served; ask the operator for a"
-                " larger budget."
+        here = await self._billed_here(name, limit)
+        purchase.polls = False
+        if self._shared is not None:
+            answer = await self._shared.reserve(
+                *(name, client.first_day),
+                here=here,
+                limit=limit.nanodollars,
+                amount=purchase.amount,
+                purchase=purchase.id,
             )
-        share = (limit.nanodollars - billed) / self._workers
-        return is_alone or (amount > 0 and reserved + amount <= share)
+            # Others may be what it waits for; or the server may be back soon.
+            purchase.polls = True
+            if answer is not None:
+                client.others, client.told = answer.others, here
+                if answer.decision is Decision.EXCEEDED:
+                    raise _exceeded(limit)
+                return answer.decision is Decision.RESERVED
+        left: float = limit.nanodollars - here - client.others
+        if self._shared is not None and left > 0:
+            # What was left when the others were asked last is divided among all nodes.
+            told = client.told = min(here, here if client.told is None else client.told)
+            left = (left + here - told) / self._count_nodes() - (here - told)
+        if left <= 0:
+            raise _exceeded(limit)
+        share = left / self._workers
+        return is_alone or (purchase.amount > 0 and reserved + purchase.amount <= share)
+
+    async def _renew(
+        self, shared: SharedSpending, name: str, limit: SpendingLimit, purchase: "_PendingPurchase"
+    ) -> None:
+        """Keep what is reserved for as long as a purchase lasts."""
+        while True:
+            await asyncio.sleep(LEASE_S / 3)
+            here = await self._billed_here(name, limit)
+            await shared.renew(
+                *(name, self._client(name).first_day),
+                here=here,
+                amount=purchase.amount,
+                purchase=purchase.id,
+            )
+
+    async def _end(
+        self, shared: SharedSpending, client: "_ClientSpending", name: str, limit: SpendingLimit
+    ) -> None:
+        """Tell the other nodes what was charged, and that it is all."""
+        await self._settle(shared, client, name, await self._billed_here(name, limit))
+
+    @staticmethod
+    async def _settle(
+        shared: SharedSpending, client: "_ClientSpending", name: str, here: int
+    ) -> None:
+        ended = set(client.ended)
+        answer = await shared.settle(name, client.first_day, here=here, ended=ended)
+        if answer is not None:
+            client.ended -= ended
+            client.others, client.told = answer.others, here
 
     def _client(self, name: str) -> "_ClientSpending":
         return self._clients.setdefault(name, _ClientSpending())
@@ -114,10 +276,34 @@ class _ClientSpending:
         """Nanodollars in the ledger when it was read last."""
         self.charged = 0
         """Those that were charged since then, or a few more."""
+        self.others = 0
+        """Nanodollars that other nodes had billed in the period when they were asked last."""
+        self.told: int | None = None
+        """Nanodollars that this node had billed then; None if they were never asked."""
+        self.ended: set[str] = set()
+        """Purchases whose end the other nodes were not told yet."""
 
     def note(self, bill: Bill) -> None:
         """Count a charge."""
         self.charged += sum(bill.nanodollars)
+
+
+class _PendingPurchase:
+    """One that is to be made, or is under way."""
+
+    def __init__(self, amount: int) -> None:
+        self.id = secrets.token_hex(8)
+        self.amount = amount
+        self.polls = False
+        """Whether what it waits for may end without a word in this process."""
+
+
+def _exceeded(limit: SpendingLimit) -> BudgetExceeded:
+    return BudgetExceeded(
+        f"You exceeded the budget of this key, {limit.nanodollars / NANO:g} USD"
+        f" {_PERIODS[limit.period]}. What is cached is still served; ask the operator for a"
+        " larger budget."
+    )
 
 
 class BudgetCheck:

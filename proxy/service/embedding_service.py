@@ -65,7 +65,7 @@ from .request import (
     parse_text,
     parse_texts,
 )
-from .storage import Storage, shared_tier
+from .storage import Storage, make_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +232,15 @@ class EmbeddingService(SearchMixin):
         cache = self.settings.cache
         async with AsyncExitStack() as stack:
             self._storage = await stack.enter_async_context(
-                self._storage
-                or Storage(cache, self.settings.server.workers, shared_tier(self.settings))
+                self._storage or make_storage(self.settings)
             )
             store, tiers = self._storage.store, self._storage.tiers
             # Frozen, whoever would ask a provider finds none that could be paid.
             providers = {}
             if cache.mode != "frozen":
-                providers = await open_providers(self.settings, stack, self._sleep)
+                membership = self._storage.membership
+                allowance = None if membership is None else membership.allowance
+                providers = await open_providers(self.settings, stack, self._sleep, allowance)
             self._registry = Registry(
                 self.settings,
                 providers,

@@ -4,16 +4,20 @@ Here the names in a configuration become objects: the only file that knows every
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import TypeAlias
 
 from embedding_proxy.providers import registry
+from embedding_proxy.providers.allowance import SharedAllowance
 from embedding_proxy.providers.base import Embedder
 from embedding_proxy.providers.client_credential import key_mistake
 from embedding_proxy.providers.local import Local
+from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider, Route
@@ -29,15 +33,20 @@ CLIENTS_PAY = (
 
 log = logging.getLogger("embedding_proxy.opening")
 
+MakeAllowance: TypeAlias = Callable[[str, Mapping[str, float]], SharedAllowance]
+"""Makes what counts the limits a minute of an account, by the account's name and the limits."""
+
 
 async def open_providers(
     settings: Settings,
     stack: AsyncExitStack,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    allowance: MakeAllowance | None = None,
 ) -> dict[str, Provider]:
     """Open every provider that can be used. Raises ConfigError.
 
-    The log names the others, if the configuration does.
+    The log names the others, if the configuration does. `allowance` gives what counts the limits a
+    minute of one account for all nodes.
     """
     opened: dict[str, Provider] = {}
     for name, entry in settings.providers.items():
@@ -57,11 +66,32 @@ async def open_providers(
         check_network(settings, name)
         adapter = registry.find(entry.kind).adapter
         profile = entry.as_profile()
-        profile = replace(profile, limits=_share(name, profile.limits, settings.server.workers))
-        opened[name] = await stack.enter_async_context(
-            adapter(name, profile, api_key=key or None, sleep=sleep)
-        )
+        limits = profile.limits
+        profile = replace(profile, limits=_share(name, limits, settings.server.workers))
+        provider = adapter(name, profile, api_key=key or None, sleep=sleep)
+        if allowance is not None and isinstance(provider, HttpProvider):
+            _share_limits(provider, limits, key, allowance)
+        opened[name] = await stack.enter_async_context(provider)
     return opened
+
+
+def _share_limits(
+    provider: HttpProvider, limits: Limits, key: str, allowance: MakeAllowance
+) -> None:
+    """Let the limits a minute of a provider be those of all nodes, for each key that it takes."""
+    known = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
+    declared = {kind: limit for kind, limit in known.items() if limit is not None}
+    if not declared:
+        return
+
+    def of_key(secret: str) -> SharedAllowance:
+        # Two keys are two accounts. The digest tells them apart, and tells nothing of them.
+        digest = hashlib.blake2b(
+            secret.encode(), digest_size=8, person=b"provider limits"
+        ).hexdigest()
+        return allowance(f"{provider.name}:{digest}", declared)
+
+    provider.share_limits(of_key(key), of_key)
 
 
 def _share(name: str, limits: Limits, workers: int) -> Limits:

@@ -5,7 +5,9 @@ nothing that is in memory is lost, and a purchase that is under way is waited fo
 """
 
 import asyncio
+import logging
 import os
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
@@ -23,8 +25,13 @@ from .budgets import Budgets
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 
 if TYPE_CHECKING:
+    from embedding_proxy.cache.shared.client import RedisClient
     from embedding_proxy.cache.shared.redis_leases import RedisLeases
     from embedding_proxy.cache.shared.tier import SharedTier
+
+    from .membership import Membership
+
+log = logging.getLogger("embedding_proxy.shared")
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -36,12 +43,23 @@ REPLIES_SHARE = 0.5
 class Storage:
     """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
 
-    def __init__(self, cache: Cache, workers: int = 1, shared: "SharedTier | None" = None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        workers: int = 1,
+        shared: "SharedTier | None" = None,
+        node: str = "",
+    ) -> None:
         """`workers` is how many processes buy on the account of one client at the same time.
 
         `shared` is the tier of several machines (see `shared_tier`); it is opened and closed here.
+        `node` is this machine's name among them.
         """
         self.cache = cache
+        self.node = node
+        self.membership: Membership | None = None
+        """What this node knows of others; None without `shared`, and where the folder is not
+        writable."""
         self.shared = shared
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
@@ -75,11 +93,32 @@ class Storage:
                 if self.shared is not None:
                     await self._stack.enter_async_context(self.shared)
                     self._stack.push_async_callback(self.tiers.flush_copies)
+                    await self._join(self.shared.redis)
                 if self._shared_leases is not None:
                     self._stack.push_async_callback(self._shared_leases.aclose)
                 await self.learned.refresh()
             self._holders += 1
         return self
+
+    async def _join(self, redis: "RedisClient") -> None:
+        """Become one of the nodes that share a Redis."""
+        # As the client: where it is not configured, nothing imports it.
+        from embedding_proxy.cache.shared.client_budget import SharedSpending  # noqa: PLC0415
+        from embedding_proxy.cache.shared.registry import NodeName, read_node_id  # noqa: PLC0415
+
+        from .membership import Membership  # noqa: PLC0415
+
+        try:
+            identity = await asyncio.to_thread(read_node_id, self.cache.directory)
+        except OSError as error:
+            log.warning("this node has no part in what nodes share: %s", error)
+            return
+        node = NodeName(identity, self.node)
+        self.membership = membership = Membership(redis, self.store, self.budgets, node)
+        self.budgets.share(SharedSpending(redis, identity), lambda: membership.alive)
+        self.tiers.is_purged = membership.is_purged
+        await self._stack.enter_async_context(membership)
+        self._stack.push_async_callback(self.budgets.aclose)
 
     async def __aexit__(self, *exc: object) -> None:
         """Let go of it; the last one closes it."""
@@ -95,6 +134,17 @@ def _shared_leases(local: FileLeases, shared: "SharedTier | None") -> "RedisLeas
     from embedding_proxy.cache.shared.redis_leases import RedisLeases  # noqa: PLC0415 - an extra
 
     return RedisLeases(local, shared.redis)
+
+
+def make_storage(settings: Settings) -> Storage:
+    """Return the storage that a configuration names, not yet opened. Raises ConfigError."""
+    workers, shared = settings.server.workers, shared_tier(settings)
+    return Storage(settings.cache, workers, shared, node_name(settings))
+
+
+def node_name(settings: Settings) -> str:
+    """Return the name of this node: the configured one, or the machine's."""
+    return settings.server.node or socket.gethostname()
 
 
 def shared_tier(settings: Settings, limit_s: float | None = None) -> "SharedTier | None":

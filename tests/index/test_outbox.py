@@ -9,7 +9,14 @@ import pytest
 from embedding_proxy.cache.key import checksum
 from embedding_proxy.index import outbox as outbox_module
 from embedding_proxy.index import outbox_db
-from embedding_proxy.index.outbox import FILE_NAME, JOURNAL, Outbox, OutboxFull, select_entries
+from embedding_proxy.index.outbox import (
+    FILE_NAME,
+    JOURNAL,
+    Outbox,
+    OutboxFull,
+    purge_points,
+    select_entries,
+)
 from embedding_proxy.index.outbox_db import OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 
@@ -174,6 +181,22 @@ def test_a_space_is_purged_under_its_former_and_its_present_label(tmp_path, outb
         assert {int.from_bytes(one.point) for one in picked} == {0, 1}
     assert len(select_entries(file, space="m")) == 3
     file.close()
+
+
+def test_what_was_added_before_a_purge_of_another_node_is_deleted(tmp_path, outbox):
+    """A node may hear of it late: what was added since then stays."""
+    outbox.add(DOCS, [point(0), point(1)])
+    then = time.time() + 1
+    choice = {"namespace": None, "space": "m", "address": None}
+    assert purge_points(tmp_path, **choice, before=then - 3600) == 0
+    assert ids(outbox) == [0, 1]
+    one = {"namespace": None, "space": None, "address": id_bytes(1)}
+    # Waiting, and in the journal.
+    assert purge_points(tmp_path, **one, before=then) == 2
+    assert ids(outbox) == [0]
+    assert purge_points(tmp_path, **choice, before=then) == 2
+    assert ids(outbox) == []
+    assert purge_points(tmp_path / "none", **choice, before=then) == 0
 
 
 def test_a_full_outbox_takes_nothing_and_a_drained_one_shrinks(tmp_path):

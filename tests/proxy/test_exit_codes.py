@@ -73,6 +73,7 @@ ENDS = [
     ("cache purge --all", 2),
     ("cache purge --space nothing --yes", 2),
     ("cache purge", 2),
+    ("cache warm-up", 2),
     ("cache backup b.db", 0),
     ("cache backup there", 1),
     ("cache backup", 2),

@@ -1,6 +1,6 @@
 """What an operator is told of a running proxy."""
 
-import os
+import socket
 from importlib.metadata import version
 
 from fault_server import status, tokens_of
@@ -39,7 +39,7 @@ async def test_models_and_providers_are_told_with_what_ails_them(upstream, start
     assert told["providers"]["openai"]["why"] == "key refused"
     assert told["providers"]["openai"]["failures"] == {"authentication_error": 1}
     assert told["retry_budget"] == {"tokens": 20.0, "max_tokens": 20.0, "can_retry": True}
-    assert (told["version"], told["worker"]) == (version("embedding-proxy"), os.getpid())
+    assert (told["version"], told["node"]) == (version("embedding-proxy"), socket.gethostname())
     assert told["uptime_s"] >= 0
     assert told["cache"] == {"directory": str(proxy.service.settings.cache.directory)}
     assert told["cache"]["directory"].startswith("/")
