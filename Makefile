@@ -7,7 +7,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients reloads kills paths clients pins client-pins audit sbom release deploy-check clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m scale profile torture damage pages full outage oracle fuzz index flow slow-clients reloads kills paths clients pins client-pins audit sbom release deploy-check clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -161,6 +161,11 @@ bench: .venv/test
 TEN_M ?= 10000000
 bench-10m: .venv/test
 	$(BIN)/python -m bench.ten_million $(TEN_M) $(if $(RECORD),--record)
+
+# What 10^6 to 10^9 texts cost on one node and on three, by a simulation of half a minute. SCALE has options, as
+# SCALE="--texts 1e8 --nodes 5"; docs/scale.md tells of them.
+scale: .venv/test
+	$(BIN)/python -m bench.scale_simulation $(SCALE)
 
 # Where a hit's processor time goes, part by part; ONLY and RECORD as above.
 profile: .venv/test
