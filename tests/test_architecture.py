@@ -84,6 +84,7 @@ DOORS = {
         "cache/disk/write_ahead_log.py",
     },
     "pyarrow": {"proxy/importers/parquet.py"},
+    "redis": {"cache/shared/client.py", "cache/shared/node.py"},
     "qdrant_client": {
         "index/collection_reader.py",
         "index/client.py",
@@ -101,6 +102,7 @@ DOORS = {
         "proxy/config/models.py",
         "proxy/config/providers.py",
         "proxy/config/schema.py",
+        "proxy/config/shared.py",
         "proxy/config/validation.py",
     },
 }

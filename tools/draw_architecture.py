@@ -42,7 +42,7 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "cache/cached_hit.py",
             "cache/tiers.py",
         ),
-        "disk": ("cache/disk/",),
+        "disk, shared": ("cache/disk/", "cache/shared/"),
         "keys, records, ledger": ("cache/",),
     },
     "providers": {

@@ -35,6 +35,7 @@ from .index import Index
 from .keys_file import namespace_mistake
 from .models import ModelConfig, from_catalogue
 from .providers import ProviderConfig
+from .shared import Shared
 
 KINDS: tuple[str, ...] = (*registry.KINDS, registry.LOCAL)
 """The built-in kinds of provider; one that is named like its kind need not say so."""
@@ -211,7 +212,12 @@ class Cache(Section):
     ttl_days: Annotated[Number, Field(gt=0)] | None = None
     pinned_namespaces: tuple[str, ...] = ()
     mode: CacheMode = "normal"
-    shared: None = None
+    shared: Shared | None = None
+
+    @field_validator("shared", mode="before")
+    @classmethod
+    def _url_alone(cls, value: object) -> object:
+        return {"url": value} if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod

@@ -40,6 +40,10 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
     if settings.server.metrics_token is not None:
         token = _content_at(content, "server", "metrics_token")
         shown["server"]["metrics_token"] = _reference(token, "METRICS_TOKEN")
+    shared = settings.cache.shared
+    if shared is not None and "@" in shared.url:
+        url = _content_at(content, "cache", "shared", "url")
+        shown["cache"]["shared"]["url"] = _reference(url, "REDIS_URL")
     for name, provider in settings.providers.items():
         if provider is not None:
             written = _content_at(content, "providers", name)

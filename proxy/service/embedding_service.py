@@ -64,7 +64,7 @@ from .request import (
     parse_text,
     parse_texts,
 )
-from .storage import Storage
+from .storage import Storage, redis_client
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,8 @@ class EmbeddingService(SearchMixin):
         cache = self.settings.cache
         async with AsyncExitStack() as stack:
             self._storage = await stack.enter_async_context(
-                self._storage or Storage(cache, self.settings.server.workers)
+                self._storage
+                or Storage(cache, self.settings.server.workers, redis_client(self.settings))
             )
             store, tiers = self._storage.store, self._storage.tiers
             # Frozen, whoever would ask a provider finds none that could be paid.

@@ -5,18 +5,24 @@ nothing that is in memory is lost, and a purchase that is under way is waited fo
 """
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.shared.address import RedisOptions
 from embedding_proxy.cache.tiers import Tiers
-from embedding_proxy.proxy.config.schema import Cache
+from embedding_proxy.proxy.config.errors import ConfigError
+from embedding_proxy.proxy.config.schema import Cache, Settings
 
 from . import drift_check
 from .budgets import Budgets
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
+
+if TYPE_CHECKING:
+    from embedding_proxy.cache.shared.client import RedisClient
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -28,9 +34,13 @@ REPLIES_SHARE = 0.5
 class Storage:
     """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
 
-    def __init__(self, cache: Cache, workers: int = 1) -> None:
-        """`workers` is how many processes buy on the account of one client at the same time."""
+    def __init__(self, cache: Cache, workers: int = 1, redis: "RedisClient | None" = None) -> None:
+        """`workers` is how many processes buy on the account of one client at the same time.
+
+        `redis` is what other machines use too (see `redis_client`); it is opened and closed here.
+        """
         self.cache = cache
+        self.redis = redis
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
             cache.directory,
@@ -57,6 +67,8 @@ class Storage:
         async with self._opening:
             if not self._holders:
                 await self._stack.enter_async_context(self.store)
+                if self.redis is not None:
+                    await self._stack.enter_async_context(self.redis)
                 await self.learned.refresh()
             self._holders += 1
         return self
@@ -67,3 +79,40 @@ class Storage:
             self._holders -= 1
             if not self._holders:
                 await self._stack.aclose()
+
+
+def redis_client(settings: Settings) -> "RedisClient | None":
+    """Return the client of `cache.shared`, not yet opened; None without. Raises ConfigError."""
+    shared = settings.cache.shared
+    if shared is None:
+        return None
+    try:
+        # An extra: nothing imports it where it is not configured.
+        from embedding_proxy.cache.shared.client import RedisClient  # noqa: PLC0415
+    except ImportError as error:
+        remedy = "needs the extra `redis`: pip install 'embedding-proxy[redis]'"
+        raise ConfigError(settings.problem(("cache", "shared"), remedy)) from error
+    return RedisClient(
+        RedisOptions(
+            shared.address,
+            prefix=shared.prefix,
+            username=shared.username or "",
+            password=_secret(settings, "password_env"),
+            sentinel_password=_secret(settings, "sentinel_password_env"),
+            ca_file=None if shared.ca_file is None else str(shared.ca_file),
+            limit_s=shared.timeout_ms / 1000,
+            max_connections=shared.max_connections,
+        )
+    )
+
+
+def _secret(settings: Settings, key: str) -> str:
+    """Return what the variable holds that a key of `cache.shared` names. Raises ConfigError."""
+    variable = getattr(settings.cache.shared, key)
+    if variable is None:
+        return ""
+    secret = os.environ.get(variable, "")
+    if not secret:
+        problem = f"the variable {variable} is not set"
+        raise ConfigError(settings.problem(("cache", "shared", key), problem))
+    return secret

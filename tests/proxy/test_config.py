@@ -117,10 +117,45 @@ MISTAKES = {
         "cache.mode",
         "'normal', 'frozen', 'refresh' or 'off'",
     ),
-    "feature of a later version": (
-        "cache: {shared: 'redis://h'}",
-        "cache.shared",
-        "expected null; this version has nothing else",
+    "address of no Redis": (
+        "cache: {shared: 'http://h'}",
+        "cache.shared.url",
+        "expected an address like redis://host:6379/0",
+    ),
+    "cluster with a database": (
+        "cache: {shared: {url: 'redis+cluster://a,b/3'}}",
+        "cache.shared.url",
+        "a cluster has no databases but 0",
+    ),
+    "sentinels without a master": (
+        "cache: {shared: {url: 'redis+sentinel://a,b'}}",
+        "cache.shared.url",
+        "the name of the master is missing",
+    ),
+    "password of Redis in the file": (
+        "cache: {shared: {url: 'redis://h', password: hunter2}}",
+        "cache.shared.password",
+        "name its variable in password_env",
+    ),
+    "two passwords of Redis": (
+        "cache: {shared: {url: 'redis://u:p@h', password_env: P}}",
+        "cache.shared.password_env",
+        "the url has a password, too",
+    ),
+    "two users of Redis": (
+        "cache: {shared: {url: 'redis://u:p@h', username: u}}",
+        "cache.shared.username",
+        "the url has a user, too",
+    ),
+    "sentinels' password without sentinels": (
+        "cache: {shared: {url: 'redis://h', sentinel_password_env: P}}",
+        "cache.shared.sentinel_password_env",
+        "is for redis+sentinel://",
+    ),
+    "prefix that would choose a slot": (
+        "cache: {shared: {url: 'redis://h', prefix: '{a}'}}",
+        "cache.shared.prefix",
+        "expected",
     ),
     "missing kind": (
         "providers: {mine: {base_url: 'http://h'}}",
@@ -293,7 +328,7 @@ def test_a_file_that_cannot_be_read_is_named(name, problem, tmp_path):
         f"providers: {{openai: {{base_url: 'https://h/v1?key={CANARY}'}}}}",
         f"providers: {{openai: {{kind: {CANARY}}}}}",
         f"providers: {{openai: {{timeout_s: {CANARY}}}}}",
-        f"cache: {{shared: 'redis://:{CANARY}@h'}}",
+        f"cache: {{shared: 'http://:{CANARY}@h'}}",
         f"index: {{qdrant: {{api_key: {CANARY}}}}}",
         f"passthrough: [{CANARY}]",
         f"passthrough: {CANARY}",
