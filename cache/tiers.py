@@ -1,7 +1,9 @@
-"""The two tiers as one: memory before disk, every record verified on its way in.
+"""The tiers as one: memory before disk before the shared one, every record verified on its way in.
 
 There is one look-up. It keeps what memory has, and asks the disk once for the rest: in the event
 loop where that is quick, else in a thread. It awaits nothing as long as nothing has to be awaited.
+What the disk lacks too is asked of the shared tier, if there is one, in one go. What comes from
+there is kept in memory, and on disk a moment later, with the time of its purchase.
 
 Failure policy: what cannot be read, or does not verify, is a miss; what cannot be written is kept
 as far as it can be. Neither raises.
@@ -13,16 +15,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from embedding_proxy.providers.base import NORMAL, CachePolicy
 
 from . import record
 from .disk.store import Store
-from .disk.write_batch import StoredRecord
+from .disk.write_batch import PendingRecord, StoredRecord
 from .key import Key, Keys, Partition
 from .ledger import LedgerKey, Usage
 from .memory import Memory
 from .record import Entry
+
+if TYPE_CHECKING:
+    from .shared.tier import SharedEntry, SharedTier
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -31,17 +37,20 @@ LOT = 256
 _MAX_WRITTEN = 512
 """Entries that are kept in one go."""
 _MAX_TOLD = 100
+MAX_COPIES = 8192
+"""Entries of the shared tier that wait to be written to disk; further ones are not."""
 
 
 @dataclass(slots=True)
 class TierCounters:
-    """Counts of distinct inputs since the start; look-ups = memory_hits + disk_hits + misses."""
+    """Counts of distinct inputs since the start; look-ups = the hits of all tiers + misses."""
 
     memory_hits: int = 0
     disk_hits: int = 0
+    shared_hits: int = 0
     misses: int = 0
     mismatches: int = 0
-    """Records that were there but damaged, or about something else; each counts as a miss too."""
+    """Records on disk that were there but damaged, or about something else."""
 
 
 @dataclass(slots=True)
@@ -66,10 +75,14 @@ class Lookup:
 class Tiers:
     """Entries by key. For one thread: the event loop's."""
 
-    def __init__(self, memory: Memory, store: Store) -> None:
+    def __init__(self, memory: Memory, store: Store, shared: "SharedTier | None" = None) -> None:
         self.memory = memory
+        self.shared = shared
         self._store = store
-        store.on_purge = memory.clear
+        self._copies: dict[bytes, PendingRecord] = {}
+        """Records of the shared tier that are to be written to disk, by address."""
+        self._copier: asyncio.Task[None] | None = None
+        store.on_purge = self._forget
         self.heed_purges = store.heed_purges
         """See `Store.heed_purges`."""
         self.counters = TierCounters()
@@ -89,13 +102,22 @@ class Tiers:
             if start:
                 await asyncio.sleep(0)
             lot = self.lookup_nowait(keys[start : start + LOT], partition, terms)
-            await self.finish(lot, partition, terms)
+            await self._finish_on_disk(lot, partition, terms)
             whole.entries += lot.entries
             whole.missing += [start + index for index in lot.missing]
+        await self._finish_shared(whole, partition, terms)
         return whole
 
     async def finish(self, lookup: Lookup, partition: Partition, terms: CachePolicy) -> Lookup:
         """Return a look-up after what it awaits, counted."""
+        await self._finish_on_disk(lookup, partition, terms)
+        if lookup.missing:
+            await self._finish_shared(lookup, partition, terms)
+        return lookup
+
+    async def _finish_on_disk(
+        self, lookup: Lookup, partition: Partition, terms: CachePolicy
+    ) -> None:
         if not lookup.is_complete:
             addresses, epoch = lookup.keys.addresses, self._store.purge_epoch
             records = await self._store.lookup([addresses[index] for index in lookup.missing])
@@ -105,7 +127,80 @@ class Tiers:
         self.count_lookup(lookup, partition, terms)
         if lookup.damaged and terms.spend and terms.write:
             await self._store.delete_many(lookup.damaged)
-        return lookup
+
+    async def _finish_shared(
+        self, lookup: Lookup, partition: Partition, terms: CachePolicy
+    ) -> None:
+        """Ask the shared tier for what is missing, and count both."""
+        if terms.max_age <= 0:
+            return
+        if self.shared is not None and lookup.missing:
+            missing, epoch = lookup.missing, self._store.purge_epoch
+            addresses, digests = lookup.keys.addresses, lookup.keys.digests
+            keys = Keys([addresses[i] for i in missing], [digests[i] for i in missing])
+            width = partition.dimensions
+            found = await self.shared.lookup(
+                keys, width, lambda raw: self._warn_of_width(raw, width)
+            )
+            await self._add_shared(lookup, found, partition, terms, epoch)
+        self.counters.misses += len(lookup.missing)
+
+    async def _add_shared(
+        self,
+        lookup: Lookup,
+        found: "Sequence[SharedEntry | None]",
+        partition: Partition,
+        terms: CachePolicy,
+        epoch: int,
+    ) -> None:
+        """Add what the shared tier has of the missing entries, as far as it is new enough.
+
+        It is kept unless something was purged since `epoch`.
+        """
+        not_before = time.time() - terms.max_age
+        is_kept = terms.write and self._is_purge_epoch(epoch)
+        missing: list[int] = []
+        for number, (index, one) in enumerate(zip(lookup.missing, found, strict=True)):
+            if number % LOT == LOT - 1:
+                await asyncio.sleep(0)
+                is_kept = is_kept and self._is_purge_epoch(epoch)
+            if one is None or one.stored < not_before:
+                missing.append(index)
+                continue
+            lookup.entries[index] = one.entry
+            if is_kept:
+                address = lookup.keys.addresses[index]
+                self.memory.put(address, one.entry, one.stored)
+                if len(self._copies) < MAX_COPIES:
+                    raw = record.encode(one.entry)
+                    self._copies[address] = PendingRecord(raw, partition, one.stored)
+        self.counters.shared_hits += len(lookup.missing) - len(missing)
+        lookup.missing = missing
+        if self._copies and self._copier is None:
+            self._copier = asyncio.create_task(self._copy())
+
+    async def _copy(self) -> None:
+        """Write to disk what came from the shared tier, unless it is purged before."""
+        try:
+            while self._copies:
+                # What comes in the same step of the loop goes together.
+                await asyncio.sleep(0)
+                self.heed_purges()
+                copies, self._copies = self._copies, {}
+                if copies:
+                    await self._store.put_older(copies)
+        finally:
+            self._copier = None
+
+    def _forget(self) -> None:
+        """Drop what another process may have purged."""
+        self.memory.clear()
+        self._copies.clear()
+
+    async def flush_copies(self) -> None:
+        """Wait until what came from the shared tier is on disk, or the disk does not take it."""
+        while self._copier is not None:
+            await asyncio.wait([self._copier])
 
     def lookup_nowait(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
         """Return the same of a few keys as far as nothing has to be awaited.
@@ -165,13 +260,15 @@ class Tiers:
     def count_lookup(
         self, lookup: Lookup, partition: Partition, terms: CachePolicy = NORMAL
     ) -> None:
-        """Count a look-up, and note the use of its entries if the terms allow a trace."""
+        """Count the hits of a look-up in memory and on disk.
+
+        The use of its entries is noted if the terms allow a trace.
+        """
         if terms.max_age <= 0:
             return
         keys = lookup.keys
         self.counters.memory_hits += len(keys) - len(lookup.missing) - lookup.disk_hits
         self.counters.disk_hits += lookup.disk_hits
-        self.counters.misses += len(lookup.missing)
         self.counters.mismatches += len(lookup.damaged or ())
         if not terms.write:
             return
@@ -210,6 +307,8 @@ class Tiers:
         while some := dict(islice(pairs, _MAX_WRITTEN)):
             records = {key.address: record.encode(entry) for key, entry in some.items()}
             epoch = self._store.purge_epoch
+            if self.shared is not None:
+                self.shared.put({key.address: entry for key, entry in some.items()}, partition)
             await self._store.put_many(records, partition)
             if self._is_purge_epoch(epoch):
                 for key, entry in some.items():

@@ -16,6 +16,7 @@ from .base import Vector
 Floats = npt.NDArray[np.float32]
 
 _FLOAT32 = np.dtype("<f4")
+_FLOAT16 = np.dtype("<f2")
 
 
 class VectorError(ValueError):
@@ -85,6 +86,18 @@ def check(vector: Vector, dimensions: int, *, unit_norm: bool = False) -> None:
 def is_finite(vector: Vector) -> bool:
     """Tell whether no number is NaN or an infinity."""
     return bool(np.isfinite(np.frombuffer(vector, dtype=_FLOAT32)).all())
+
+
+def to_float16(vector: Vector) -> bytes | None:
+    """Round each number to 16 bits; None where that leaves zeros only, or overflows."""
+    with np.errstate(over="ignore"):
+        half = np.frombuffer(vector, dtype=_FLOAT32).astype(_FLOAT16)
+    return half.tobytes() if half.any() and np.isfinite(half).all() else None
+
+
+def from_float16(half: bytes) -> Vector:
+    """Return the vector of numbers of 16 bits."""
+    return np.frombuffer(half, dtype=_FLOAT16).astype(_FLOAT32).tobytes()
 
 
 def length(vector: Vector) -> float:

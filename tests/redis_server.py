@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hiredis
 import pytest
 from ports import own_port
 
@@ -48,6 +49,16 @@ class RedisServer:
                 return self
             if self.process.poll() is not None:
                 raise RuntimeError(log.read_text())
+
+    def value(self, key: bytes) -> bytes:
+        """Return the value of a key."""
+        return self.call("GET", key).partition(b"\r\n")[2][:-2]
+
+    def keys(self, pattern: str) -> list[bytes]:
+        """Return the keys of a pattern, in order."""
+        reader = hiredis.Reader()
+        reader.feed(self.call("KEYS", pattern))
+        return sorted(reader.gets())
 
     def call(self, *words: str | bytes) -> bytes:
         """Return the first part of the reply to a command, as it comes."""

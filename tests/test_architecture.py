@@ -48,8 +48,8 @@ NOUNS = {
     "tracing",
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
-TERMS = {"blocking", "in_flight"}
-"""The field's own terms: blocking calls, requests in flight."""
+TERMS = {"blocking", "in_flight", "shared"}
+"""The field's own terms: blocking calls, requests in flight, the shared tier."""
 
 SEEN_BY_CACHE = {
     "providers.base",

@@ -176,6 +176,12 @@ class Store:
         self._pending.changes.records.update(pending)
         return await self._writer.commit()
 
+    async def put_older(self, records: Mapping[bytes, PendingRecord]) -> bool:
+        """Write records that were bought a while ago, unless newer ones are there. Never raises."""
+        if self._cannot_write:
+            return False
+        return await self._writer.write(WriteBatch(records=dict(records), keep_newer=True))
+
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
         """Delete records that were found to be bad, unless they were replaced since."""
         if self._cannot_write:

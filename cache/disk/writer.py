@@ -177,7 +177,7 @@ class Writer:
             commit, self._commit = self._commit, None
             is_written = False
             try:
-                is_written = await self._write(changes)
+                is_written = await self.write(changes)
             except Exception:
                 # Waiting callers need a result, and later ones a task that writes.
                 log.exception("writing to the disk tier failed")
@@ -185,7 +185,7 @@ class Writer:
                 commit.set_result(is_written)
         self._drain = None
 
-    async def _write(self, changes: WriteBatch) -> bool:
+    async def write(self, changes: WriteBatch) -> bool:
         """Write changes and return whether all are on disk. Those that failed stay pending."""
         file = self._disk.file
         parts = [changes] if file is None else list(changes.parts(file.most_bytes))
@@ -273,7 +273,7 @@ class Writer:
         """Write deferred changes, some thousand rows in each transaction."""
         while self.ready:
             changes = self.pending.take_deferred()
-            if changes is None or not await self._write(changes):
+            if changes is None or not await self.write(changes):
                 return
 
     async def replace(self, old: Database) -> None:

@@ -71,7 +71,7 @@ class Command(NamedTuple):
     """The command's name and its arguments, the key among them."""
 
 
-class _Place(NamedTuple):
+class _Routed(NamedTuple):
     """A command of an exchange."""
 
     position: int
@@ -158,9 +158,9 @@ class RedisClient:
         if not self._slots:
             self._start_refresh()
             return answers
-        routes: dict[Node, list[_Place]] = {}
+        routes: dict[Node, list[_Routed]] = {}
         for index, command in enumerate(commands):
-            routes.setdefault(self._route(command.key), []).append(_Place(index))
+            routes.setdefault(self._route(command.key), []).append(_Routed(index))
         for _ in range(1 + MAX_REDIRECTS):
             routes = await self._exchange_by_route(commands, routes, answers, limit_s)
             if not routes:
@@ -170,23 +170,23 @@ class RedisClient:
     async def _exchange_by_route(
         self,
         commands: Sequence[Command],
-        routes: dict[Node, list["_Place"]],
+        routes: dict[Node, list["_Routed"]],
         answers: list[Answer],
         limit_s: float | None,
-    ) -> dict[Node, list["_Place"]]:
+    ) -> dict[Node, list["_Routed"]]:
         """Fill in the answers to the commands at some places; return where to ask again."""
         parts = [
             self._exchange_at_places(node, commands, places, limit_s)
             for node, places in routes.items()
         ]
         together = [await parts[0]] if len(parts) == 1 else await asyncio.gather(*parts)
-        again: dict[Node, list[_Place]] = {}
+        again: dict[Node, list[_Routed]] = {}
         for places, found in zip(routes.values(), together, strict=True):
             for place, answer in zip(places, found, strict=True):
                 answers[place.position] = answer
                 if isinstance(answer, Refused) and (target := self._redirection(answer)):
                     node, is_asking = target
-                    again.setdefault(node, []).append(_Place(place.position, is_asking))
+                    again.setdefault(node, []).append(_Routed(place.position, is_asking))
         return again
 
     async def exchange_at(
@@ -212,7 +212,7 @@ class RedisClient:
         self,
         node: Node,
         commands: Sequence[Command],
-        places: Sequence["_Place"],
+        places: Sequence["_Routed"],
         limit_s: float | None,
     ) -> list[Answer]:
         words: list[Words] = []
@@ -361,7 +361,7 @@ class RedisClient:
         """Learn which server has which slots from the first that tells; return whether one did."""
         self._refreshed_at = self._clock()
         known = [node for node in self._nodes.values() if node.is_available]
-        hosts = [_place(node.name) for node in known]
+        hosts = [_host_and_port(node.name) for node in known]
         for host, port in dict.fromkeys([*hosts, *self.options.address.hosts]):
             try:
                 async with asyncio.timeout(CONNECT_S):
@@ -426,7 +426,7 @@ def _lots(commands: Iterable[Words]) -> list[list[Words]]:
     return lots
 
 
-def _place(name: str) -> tuple[str, int]:
+def _host_and_port(name: str) -> tuple[str, int]:
     host, _, port = name.rpartition(":")
     return host.strip("[]"), int(port)
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from aiohttp import web
 from embedding_proxy.cache.ledger import By
@@ -31,6 +31,9 @@ from prometheus_client.registry import Collector
 from .request_metrics import EMBEDDINGS, RequestMetrics, do_nothing
 from .shared_counters import FOLDER, PUBLISH_S, Series, SharedCounters, Totals
 
+if TYPE_CHECKING:
+    from embedding_proxy.cache.shared.tier import SharedTier
+
 PREFIX = "embedding_proxy_"
 _LEDGER = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE)
 _OUTCOMES = ("hits", "joins", "misses", "duplicates")
@@ -41,6 +44,12 @@ COUNTERS = {
     "cache_lookups_total": (("result",), "Inputs looked up, by the tier that had them."),
     "cache_corrupt_records_total": ((), "Records that did not verify."),
     "cache_evictions_total": ((), "Entries that were evicted from disk."),
+    "shared_lookups_total": (("result",), "Inputs asked of the shared tier, by what it had."),
+    "shared_corrupt_records_total": ((), "Records of the shared tier that did not verify."),
+    "shared_writes_total": (("result",), "Records for the shared tier, by what became of them."),
+    "shared_exchanges_total": (("result",), "Exchanges with the servers of the shared tier."),
+    "shared_exchange_seconds_total": ((), "Time of the exchanges that ended well."),
+    "shared_breaker_openings_total": ((), "How often the shared tier was left alone."),
     "provider_attempts_total": (("provider",), "Calls of providers."),
     "provider_failures_total": (("provider", "reason"), "Calls that failed, by reason."),
     "provider_model_mismatch_total": (
@@ -66,6 +75,8 @@ HISTOGRAMS = {
 GAUGES: dict[str, tuple[tuple[str, ...], str, Callable[[list[float]], float]]] = {
     "requests_in_flight": ((), "Requests that are being answered.", sum),
     "cache_unwritten_records": ((), "Records that wait to be written to disk.", sum),
+    "shared_queued_records": ((), "Records that wait to be written to the shared tier.", sum),
+    "shared_breaker_state": ((), "Circuit breaker of the shared tier: 0 closed, 2 open.", max),
     "provider_ready": (("provider",), "Whether a provider is asked as usual.", min),
     "circuit_breaker_state": (
         ("provider",),
@@ -151,8 +162,8 @@ class Metrics:
 
     def _tier_counts(self) -> Counter[Series]:
         """Return what the tiers have counted since they were opened."""
-        counters = self._service.counters
-        return Counter(
+        counters, shared = self._service.counters, _shared_tier(self._service)
+        counts = Counter(
             {
                 Series("cache_lookups_total", (("result", "memory"),)): counters.memory_hits,
                 Series("cache_lookups_total", (("result", "disk"),)): counters.disk_hits,
@@ -161,6 +172,10 @@ class Metrics:
                 Series("cache_evictions_total"): self._service.evicted,
             }
         )
+        if shared is not None:
+            counts[Series("cache_lookups_total", (("result", "shared"),))] = counters.shared_hits
+            counts.update(_shared_counts(shared))
+        return counts
 
     def _publish_soon(self) -> None:
         if self._timer is None:
@@ -254,6 +269,11 @@ class Metrics:
         """Yield name, labels and value of how this process is now."""
         yield "requests_in_flight", (), self._requests.in_flight
         yield "cache_unwritten_records", (), self._service.unwritten
+        shared = _shared_tier(self._service)
+        if shared is not None:
+            yield "shared_queued_records", (), shared.queued
+            is_closed = shared.is_available
+            yield "shared_breaker_state", (), _STATES[State.CLOSED if is_closed else State.OPEN]
         for provider, state in self._service.upstreams.snapshot().items():
             labels = (("provider", provider),)
             yield "provider_ready", labels, state["state"] == State.CLOSED
@@ -313,6 +333,33 @@ class Metrics:
                 [route["space"], route["provider"], route["upstream_model"]], route["cosine"]
             )
         return family
+
+
+def _shared_tier(service: EmbeddingService) -> "SharedTier | None":
+    return None if service.storage is None else service.storage.shared
+
+
+def _shared_counts(shared: "SharedTier") -> Counter[Series]:
+    """Return what the shared tier has counted since it was opened."""
+    tier, client = shared.counters, shared.client_counters
+    counts: Counter[Series] = Counter(
+        {
+            Series("shared_corrupt_records_total"): tier.mismatches,
+            Series("shared_exchange_seconds_total"): client.seconds,
+            Series("shared_breaker_openings_total"): client.times_opened,
+        }
+    )
+    for name, results in (
+        ("lookups", {"hit": tier.hits, "miss": tier.misses, "error": tier.errors}),
+        ("writes", {"written": tier.writes, "failed": tier.write_errors}),
+        (
+            "exchanges",
+            {"ok": client.exchanges, "failed": client.failures, "refused": client.refused},
+        ),
+    ):
+        for result, count in results.items():
+            counts[Series(f"shared_{name}_total", (("result", result),))] = count
+    return counts
 
 
 def _build_info() -> Metric:

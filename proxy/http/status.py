@@ -163,6 +163,7 @@ class Status:
     async def _everything(self) -> dict[str, object]:
         service = self._service
         upstreams, directory = service.upstreams, service.settings.cache.directory
+        shared = None if service.storage is None else service.storage.shared
         return {
             "version": version("embedding-proxy"),
             "worker": os.getpid(),
@@ -190,6 +191,7 @@ class Status:
                 "can_retry": upstreams.budget.can_retry,
             },
             "tiers": asdict(service.counters),
+            "shared": None if shared is None else shared.snapshot(),
             "index": await service.indexing.indexer.snapshot() if service.indexing else None,
             "since_start": self._since_start(),
             "since_ever": await self._since_ever(),

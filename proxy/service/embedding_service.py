@@ -64,7 +64,7 @@ from .request import (
     parse_text,
     parse_texts,
 )
-from .storage import Storage, redis_client
+from .storage import Storage, shared_tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ class EmbeddingService(SearchMixin):
         async with AsyncExitStack() as stack:
             self._storage = await stack.enter_async_context(
                 self._storage
-                or Storage(cache, self.settings.server.workers, redis_client(self.settings))
+                or Storage(cache, self.settings.server.workers, shared_tier(self.settings))
             )
             store, tiers = self._storage.store, self._storage.tiers
             # Frozen, whoever would ask a provider finds none that could be paid.

@@ -22,7 +22,7 @@ from .budgets import Budgets
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 
 if TYPE_CHECKING:
-    from embedding_proxy.cache.shared.client import RedisClient
+    from embedding_proxy.cache.shared.tier import SharedTier
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -34,13 +34,13 @@ REPLIES_SHARE = 0.5
 class Storage:
     """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
 
-    def __init__(self, cache: Cache, workers: int = 1, redis: "RedisClient | None" = None) -> None:
+    def __init__(self, cache: Cache, workers: int = 1, shared: "SharedTier | None" = None) -> None:
         """`workers` is how many processes buy on the account of one client at the same time.
 
-        `redis` is what other machines use too (see `redis_client`); it is opened and closed here.
+        `shared` is the tier of several machines (see `shared_tier`); it is opened and closed here.
         """
         self.cache = cache
-        self.redis = redis
+        self.shared = shared
         ttl_s = cache.ttl_days and cache.ttl_days * DAY
         self.store = Store(
             cache.directory,
@@ -51,7 +51,7 @@ class Storage:
             pinned=(*cache.pinned_namespaces, drift_check.NAMESPACE),
         )
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
-        self.tiers = Tiers(self.memory, self.store)
+        self.tiers = Tiers(self.memory, self.store, shared)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
         self.in_flight = InFlight()
         self.budgets = Budgets(self.store, workers)
@@ -67,8 +67,9 @@ class Storage:
         async with self._opening:
             if not self._holders:
                 await self._stack.enter_async_context(self.store)
-                if self.redis is not None:
-                    await self._stack.enter_async_context(self.redis)
+                if self.shared is not None:
+                    await self._stack.enter_async_context(self.shared)
+                    self._stack.push_async_callback(self.tiers.flush_copies)
                 await self.learned.refresh()
             self._holders += 1
         return self
@@ -81,18 +82,19 @@ class Storage:
                 await self._stack.aclose()
 
 
-def redis_client(settings: Settings) -> "RedisClient | None":
-    """Return the client of `cache.shared`, not yet opened; None without. Raises ConfigError."""
+def shared_tier(settings: Settings) -> "SharedTier | None":
+    """Return the tier of `cache.shared`, not yet opened; None without. Raises ConfigError."""
     shared = settings.cache.shared
     if shared is None:
         return None
     try:
         # An extra: nothing imports it where it is not configured.
         from embedding_proxy.cache.shared.client import RedisClient  # noqa: PLC0415
+        from embedding_proxy.cache.shared.tier import SharedTier  # noqa: PLC0415
     except ImportError as error:
-        remedy = "needs the extra `redis`: pip install 'embedding-proxy[redis]'"
+        remedy = "needs the extra `redis`: pip install 'redis[hiredis]>=8'"
         raise ConfigError(settings.problem(("cache", "shared"), remedy)) from error
-    return RedisClient(
+    redis = RedisClient(
         RedisOptions(
             shared.address,
             prefix=shared.prefix,
@@ -103,6 +105,12 @@ def redis_client(settings: Settings) -> "RedisClient | None":
             limit_s=shared.timeout_ms / 1000,
             max_connections=shared.max_connections,
         )
+    )
+    ages = [days for days in (shared.ttl_days, settings.cache.ttl_days) if days is not None]
+    return SharedTier(
+        redis,
+        ttl_s=min(ages) * DAY if ages else None,
+        is_float16=shared.element_type == "float16",
     )
 
 

@@ -6,6 +6,7 @@ from embedding_proxy.providers import errors
 from embedding_proxy.providers.route_check import TEXTS
 from fault_server import hang, status, tokens_of
 from pages import ROOT
+from ports import own_port
 from prometheus_client.parser import text_string_to_metric_families
 from qdrant_server import QdrantServer
 
@@ -113,8 +114,10 @@ async def test_the_page_tells_all_metrics_and_invents_none(upstream, start_proxy
     upstream.always = upstream.altered(lambda reply: reply.update(model="another"))
     async with QdrantServer() as qdrant:
         index = {"qdrant": {"url": qdrant.url}}
+        # Nobody answers there: the tier tells that, too.
+        cache = {"shared": f"redis://127.0.0.1:{own_port()}"}
         sections = {"models": {"m": MODEL}, "server": {"keys": KEYS}, "index": index}
-        proxy = await start_proxy(openai=upstream, **sections)
+        proxy = await start_proxy(openai=upstream, cache=cache, **sections)
         for text, found in (("a", 200), ("b", 402)):
             asked = {"model": "m", "input": text}
             assert (await proxy.post(asked, Authorization="Bearer k")).status == found
