@@ -14,6 +14,7 @@ them is bought once, and then in every memory. Equal arguments give equal figure
 """
 
 import argparse
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Costs:
     """Of the reply to one input in base64, with its head."""
     exchange_bytes: float = 6_300
     """Between a node and the shared tier, for an entry read or written."""
+    value_bytes: float = 6_253
+    """Of a record and its key, as the shared tier is sent them."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,14 @@ class Prices:
     core_month: float = 25.0
     memory_gb_month: float = 4.0
     disk_gb_month: float = 0.10
+    object_gb_month: float = 0.023
+    million_puts: float = 5.0
+    million_gets: float = 0.4
 
 
 COSTS, PRICES = Costs(), Prices()
+FLOAT16 = 3_691 / 7_275
+"""The part of the memory that a record in float16 takes: `python -m bench.nodes --records`."""
 
 
 class Result(NamedTuple):
@@ -296,12 +304,60 @@ HEADINGS = (
 )
 
 
+STORES = (
+    "texts",
+    "purchase, USD",
+    "Redis, GB",
+    "Redis, servers of 64 GB",
+    "Redis, USD a month",
+    "the same in float16",
+    "on disk, GB",
+    "on disk, USD a month",
+    "object store, USD a month",
+    "writing it in packs, USD",
+    "one by one, USD",
+    "a million reads, USD",
+)
+RECORDS_A_PACK = 10_000
+ON_DISK = 1.1
+"""What a tree of sorted files adds to what it holds: an assumption, as the prices are."""
+
+
+def stores(texts: int, costs: Costs = COSTS, prices: Prices = PRICES) -> tuple[str, ...]:
+    """Return what one copy of every text costs in other stores, under STORES."""
+    in_redis = texts * costs.shared_bytes / GB
+    values = texts * costs.value_bytes / GB
+    figures = (
+        texts * prices.tokens * prices.million_tokens / 1e6,
+        in_redis,
+        -(-in_redis // 64),
+        in_redis * prices.memory_gb_month,
+        in_redis * prices.memory_gb_month * FLOAT16,
+        values * ON_DISK,
+        values * ON_DISK * prices.disk_gb_month,
+        values * prices.object_gb_month,
+        texts / RECORDS_A_PACK * prices.million_puts / 1e6,
+        texts * prices.million_puts / 1e6,
+        prices.million_gets,
+    )
+    return (exponential(texts), *map(number, figures))
+
+
+def exponential(texts: float) -> str:
+    """Return a number of texts as the tables show it.
+
+    >>> exponential(25_000_000)
+    '2.5e7'
+    """
+    return re.sub(r"(\.0)?e\+0*", "e", f"{texts:.1e}")
+
+
 def row(load: Workload, fleet: Fleet) -> tuple[str, ...]:
     """Return what a line of the table shows, under HEADINGS."""
     result = simulate(load, fleet)
     found = bill(load, fleet, result)
     return (
-        f"{load.texts:.0e}".replace("e+0", "e"),
+        exponential(load.texts),
         str(fleet.nodes),
         number(fleet.disk / GB),
         number(fleet.shared / GB),
@@ -320,7 +376,7 @@ def numbers(given: str) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table: a line for each number of texts, nodes, and size of the shared tier."""
+    """Print a line for each number of texts, nodes and size of the shared tier; then the stores."""
     parser = argparse.ArgumentParser(description="What texts cost on N nodes with a shared tier.")
     for name, default, unit in (
         ("--texts", "1e6,1e7,1e8,1e9", "different texts"),
@@ -338,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         parser.add_argument(name, type=float, default=value, help=f"{unit}: %(default)s")
     asked = parser.parse_args(arguments)
-    lines = [HEADINGS, ("---",) * len(HEADINGS)]
+    lines = [HEADINGS]
     for texts in map(int, asked.texts):
         load = Workload(texts, int(texts * asked.inputs), asked.exponent, int(asked.seed))
         for nodes in map(int, asked.nodes):
@@ -352,7 +408,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     shared * GB,
                 )
                 lines.append(row(load, fleet))
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    for table in (lines, [STORES, *(stores(int(texts)) for texts in asked.texts)]):
+        for line in (table[0], ("---",) * len(table[0]), *table[1:], ()):
+            print(f"| {' | '.join(line)} |" if line else "")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from bench.scale_simulation import (
     COSTS,
     PRICES,
+    STORES,
     Fleet,
     Result,
     Workload,
@@ -16,6 +17,7 @@ from bench.scale_simulation import (
     main,
     popularity,
     simulate,
+    stores,
 )
 
 TEXTS = 1_000
@@ -99,9 +101,21 @@ def test_a_bill_by_hand():
     assert found.month_usd == pytest.approx(3 * 10 + (2 * 0.5 + 4) * 5 + 2 * prices.disk_gb_month)
 
 
+def test_stores_by_hand():
+    """What a billion texts take is what one takes, a billion times."""
+    costs = replace(COSTS, shared_bytes=8_000, value_bytes=5_000)
+    prices = replace(PRICES, memory_gb_month=2, object_gb_month=0.1, million_puts=3)
+    found = dict(zip(STORES, stores(10**9, costs, prices), strict=True))
+    assert (found["texts"], found["purchase, USD"]) == ("1e9", "3,000")
+    assert (found["Redis, GB"], found["Redis, servers of 64 GB"]) == ("8,000", "125")
+    assert found["Redis, USD a month"] == "16,000"
+    assert (found["on disk, GB"], found["object store, USD a month"]) == ("5,500", "500")
+    assert (found["writing it in packs, USD"], found["one by one, USD"]) == ("0.3", "3,000")
+
+
 def test_the_table_has_a_line_for_each_fleet(capsys):
     """One node has no shared tier; the columns of the tiers add up to all inputs."""
     main(["--texts", "2e3", "--nodes", "1,2", "--shared-gb", "0,1"])
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
     assert [(line[1], line[3]) for line in lines] == [("1", "0"), ("2", "0"), ("2", "1")]
     assert [round(sum(map(float, line[4:8]))) for line in lines] == [100, 100, 100]
