@@ -24,19 +24,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import uvloop
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.cache.shared import address
 from embedding_proxy.cache.shared.client import RedisClient, RedisOptions
 from embedding_proxy.cache.shared.tier import SharedTier
 
 from .client import HIT, Client
-from .material import RING, TOKENS, VECTOR_BYTES, asking, say
+from .material import RING, TOKENS, VECTOR_BYTES, asking, make, prove, say
 from .process import CLIENT_KEY, LOADING, Server, cpu_seconds, on, proxy, upstream
 from .record import Machine
-from .scale_simulation import GIB, MIB, TIERS, Fleet, Workload, draw, simulate
+from .scale_simulation import COSTS, GIB, MIB, TIERS, Costs, Fleet, Workload, draw, simulate
 from .table import number
 
 RECORDS = (10_000, 100_000)
@@ -177,6 +178,10 @@ def cost_lines(folder: Path) -> Iterator[tuple[str, ...]]:
             yield "disk", *costs(node)
         with proxy(folder / "second", shared=shared) as node:
             yield "shared", *costs(node)
+    made = uvloop.run(make(folder / "known", 1))
+    with proxy(made.directory) as node:
+        sizes = [prove(node, [0], encoding) for encoding in ("base64", "float")]
+    say("the body of a reply with one vector: {:,} bytes in base64, {:,} as floats".format(*sizes))
 
 
 def counted(node: Server) -> tuple[dict[str, float], float]:
@@ -269,11 +274,11 @@ def run(folder: Path, load: Workload, fleet: Fleet) -> Measured:
     )
 
 
-def node_lines(load: Workload, fleets: Sequence[Fleet]) -> Iterator[tuple[str, ...]]:
+def node_lines(load: Workload, fleets: Sequence[Fleet], costs: Costs) -> Iterator[tuple[str, ...]]:
     """Yield what the simulation says of each fleet, and what was measured."""
     yield (*HEADINGS, "")
     for fleet in fleets:
-        said = simulate(load, fleet, sample=load.texts)
+        said = simulate(load, fleet, costs, sample=load.texts)
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
             found = run(Path(name), load, fleet)
         head = str(fleet.nodes), number(fleet.shared / 1e6)
@@ -294,6 +299,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inputs", type=int, default=30_000)
     parser.add_argument("--memory-mib", type=int, default=8)
     parser.add_argument("--disk-mb", type=float, default=1000)
+    parser.add_argument(
+        "--disk-entries",
+        type=float,
+        help="that fit there, for the simulation: of a small disk the log takes a part",
+    )
     parser.add_argument("--shared-mb", default="0,200")
     parser.add_argument("--records", action="store_true", help="what a record takes in Redis")
     parser.add_argument("--costs", action="store_true", help="processor time by tier")
@@ -310,6 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for nodes in asked.nodes.split(",")
         for size in asked.shared_mb.split(",")
     ]
+    costs = COSTS
+    if asked.disk_entries:
+        costs = replace(COSTS, disk_bytes=asked.disk_mb * 1e6 / asked.disk_entries)
     os.sched_setaffinity(0, LOADING)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         if asked.records:
@@ -317,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif asked.costs:
             lines = cost_lines(Path(name))
         else:
-            lines = node_lines(load, fleets)
+            lines = node_lines(load, fleets, costs)
         for place, line in enumerate(lines):
             print(f"| {' | '.join(line)} |", flush=True)
             if not place:
