@@ -7,7 +7,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m scale profile torture damage pages full outage oracle fuzz index flow slow-clients reloads kills paths clients pins client-pins audit sbom release deploy-check clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients reloads shared kills paths clients pins client-pins audit sbom release deploy-check clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -131,6 +131,14 @@ reloads: .venv/test
 	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/reload_trial.py \
 		--reloads $(RELOADS) --hand-overs $(HAND_OVERS)
 
+# Redis under a proxy: CANCELLATIONS of exchanges behind a delaying relay, and every fault for FAULT_SECONDS.
+# Needs redis-server.
+CANCELLATIONS ?= 10000
+FAULT_SECONDS ?= 10
+shared: .venv/test
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/shared_trial.py cancel $(CANCELLATIONS) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/shared_trial.py faults $(FAULT_SECONDS)
+
 # MEGABYTES passed through the proxy, up and down: how fast, and in how much memory.
 MEGABYTES ?= 100
 flow: .venv/test
@@ -163,9 +171,12 @@ bench-10m: .venv/test
 	$(BIN)/python -m bench.ten_million $(TEN_M) $(if $(RECORD),--record)
 
 # What 10^6 to 10^9 texts cost on one node and on three, by a simulation of half a minute. SCALE has options, as
-# SCALE="--texts 1e8 --nodes 5"; docs/scale.md tells of them.
+# SCALE="--texts 1e8 --nodes 5"; docs/scale.md tells of them. And real nodes beside it, with a Redis: NODES likewise.
+.PHONY: scale nodes
 scale: .venv/test
 	$(BIN)/python -m bench.scale_simulation $(SCALE)
+nodes: .venv/test
+	$(BIN)/python -m bench.nodes $(NODES)
 
 # Where a hit's processor time goes, part by part; ONLY and RECORD as above.
 profile: .venv/test

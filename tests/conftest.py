@@ -58,7 +58,10 @@ TRIALS = {
     "test_oracle",
     "test_outage",
     "test_page_damage",
+    "test_redis_cluster",
     "test_shared_store",
+    "test_shared_tier",
+    "test_shared_trial",
     "test_storage_promises",
 }
 """The tests that try the whole for long; what they pass through is tested part by part."""

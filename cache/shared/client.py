@@ -18,6 +18,7 @@ Keys are made by `key`: all begin with the prefix and the version of the format.
 
 import asyncio
 import enum
+import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -36,7 +37,20 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from .address import RedisOptions, Topology
-from .node import CONNECT_S, Node, NodeCounters, Refused, Reply, Words, describe
+from .node import (
+    CONNECT_S,
+    MAX_OPEN_S,
+    MIN_OPEN_S,
+    Node,
+    NodeCounters,
+    Refused,
+    Reply,
+    Words,
+    describe,
+    warn_unavailable,
+)
+
+log = logging.getLogger("embedding_proxy.shared")
 
 MAX_LOT_BYTES = 1 << 20
 MAX_LOT_WORDS = 768
@@ -95,12 +109,15 @@ class RedisClient:
         self._refreshing: asyncio.Task[bool] | None = None
         self._refreshed_at = float("-inf")
         self._is_closed = False
+        self._reason = ""
         self._retired = NodeCounters()
         """Counts of servers that the cluster has no more."""
 
     async def __aenter__(self) -> Self:
         if self._is_cluster:
-            await self._refresh()
+            if not await self._refresh():
+                self._refreshing = asyncio.create_task(self._refresh_until_known())
+                self._refreshing.add_done_callback(self._end_refresh)
         else:
             self._nodes[self.name] = self._node(self.name, self._connect)
             await self._nodes[self.name].open()
@@ -127,6 +144,12 @@ class RedisClient:
     def is_available(self) -> bool:
         """Whether at least one server is asked: not every breaker is open."""
         return any(node.is_available for node in self._nodes.values())
+
+    @property
+    def reason(self) -> str:
+        """Why a server is not asked, for people; nothing while all are."""
+        reasons = [node.reason for node in self._nodes.values() if not node.is_available]
+        return reasons[0] if reasons else "" if self._nodes else self._reason
 
     @property
     def counters(self) -> NodeCounters:
@@ -357,6 +380,15 @@ class RedisClient:
     def _end_refresh(self, _: asyncio.Task[bool]) -> None:
         self._refreshing = None
 
+    async def _refresh_until_known(self) -> bool:
+        warn_unavailable(self.name, self._reason)
+        wait_s = MIN_OPEN_S
+        while not await self._refresh():
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, MAX_OPEN_S)
+        log.info("the shared tier at %s answers", self.name)
+        return True
+
     async def _refresh(self) -> bool:
         """Learn which server has which slots from the first that tells; return whether one did."""
         self._refreshed_at = self._clock()
@@ -366,7 +398,8 @@ class RedisClient:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     found = await self._ask_for_slots(host, port)
-            except (RedisError, OSError):
+            except (RedisError, OSError) as error:
+                self._reason = describe(error)
                 continue
             if found:
                 await self._take_slots(found, host)

@@ -343,9 +343,7 @@ class Node:
         if self._failures >= MAX_FAILURES and self.is_available:
             self.counters.times_opened += 1
             self._opened_at = self._clock()
-            log.warning(
-                "the shared tier at %s is left alone until it answers again: %s", self.name, reason
-            )
+            warn_unavailable(self.name, reason)
             self.reset()
             self._prober = asyncio.create_task(self._probe_until_closed())
 
@@ -392,6 +390,11 @@ class Node:
             else:
                 await self._discard(connection)
         return is_clean
+
+
+def warn_unavailable(name: str, reason: str) -> None:
+    """Say once that a server is not asked from now on."""
+    log.warning("the shared tier at %s is left alone until it answers again: %s", name, reason)
 
 
 def describe(error: BaseException) -> str:

@@ -11,6 +11,8 @@ is dropped. Nothing raises, and nothing waits for a server that fails.
 import asyncio
 import contextlib
 import logging
+import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -196,6 +198,31 @@ class SharedTier:
         """Wait until what was put so far is written or dropped."""
         while self._writer is not None:
             await asyncio.wait([self._writer])
+
+    async def prove_writes(self) -> str:
+        """Write a value, read and delete it; return why that fails, or nothing. Never raises."""
+        key, value = self.redis.key("check", os.urandom(8)), os.urandom(64)
+        for words, expected in (
+            ((b"SET", key, value, b"PX", 60_000), b"OK"),
+            ((b"GET", key), value),
+            ((b"DEL", key), 1),
+        ):
+            (answer,) = await self.redis.exchange([Command(key, words)])
+            if isinstance(answer, Refused):
+                return answer.message
+            if answer is UNAVAILABLE:
+                return self.redis.reason or "it does not answer in time"
+            if answer != expected:
+                return f"{words[0].decode()} is answered with something else than is expected"
+        return ""
+
+    async def eviction_policy(self) -> str | None:
+        """Return what the server does when it is full; None if it has no limit, or does not say."""
+        (answer,) = await self.redis.exchange([Command(None, (b"INFO", b"memory"))])
+        if not isinstance(answer, bytes):
+            return None
+        told = dict(re.findall(r"^(maxmemory\w*):(\S+)", answer.decode(), re.MULTILINE))
+        return None if told.get("maxmemory", "0") == "0" else told.get("maxmemory_policy")
 
     def snapshot(self) -> dict[str, object]:
         """Return how it is, for people."""

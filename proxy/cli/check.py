@@ -34,7 +34,7 @@ def check(
     offline: Annotated[bool, typer.Option(help="Call no provider.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Test the cache, Qdrant and every provider with a real embedding; compare the routes.
+    """Test the caches, Qdrant and every provider with a real embedding; compare the routes.
 
     It tests the models that the configuration names, and one model of each other provider. Exit
     code 1 if something does not work, or if the configuration names a provider that is not usable.
@@ -54,17 +54,21 @@ def check(
     with progress("asking") as tell:
         checkup = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
     qdrant = asyncio.run(index_check.check_qdrant(settings, offline=offline))
+    shared = asyncio.run(index_check.check_shared(settings, offline=offline))
     problems = [*_unset(configuration), *checkup.problems]
     if not model:
         problems += provider_problems(configuration, checkup.providers)
     if qdrant is not None and qdrant.problem:
         problems = [path_text(qdrant.problem), *problems]
+    if shared is not None and shared.problem:
+        problems = [shared.problem, *problems]
     if store.problem:
         problems = [f"cache: {path_text(store.problem)}", *problems]
     if as_json:
         shown = {
             "config": None if config_file is None else path_text(config_file),
             "cache": _cache_dict(cache, store),
+            "shared": shared and shared.as_json(),
             "index": qdrant and {**qdrant.as_json(), "place": path_text(qdrant.place)},
             **_found_dict(checkup),
             "problems": problems,
@@ -73,8 +77,10 @@ def check(
         print_json(shown)
     else:
         typer.echo(printable(f"configuration: {config_file or 'built in'}"))
+        tier_lines = [] if shared is None else [shared.line]
         index_lines = [] if qdrant is None else [path_text(qdrant.line)]
-        for line in (*_cache_lines(cache, store), *index_lines, *_found_lines(checkup)):
+        before = (*_cache_lines(cache, store), *tier_lines, *index_lines)
+        for line in (*before, *_found_lines(checkup)):
             typer.echo(printable(line))
         _tell_problems(problems, offline=offline)
     if problems:

@@ -186,7 +186,7 @@ keys_app = group(
 OTHERS = {
     "check": Place(
         "check",
-        "Test the cache, Qdrant and every provider with a real embedding; compare the routes.",
+        "Test the caches, Qdrant and every provider with a real embedding; compare the routes.",
         "check",
     ),
     "compare": Place(

@@ -3,6 +3,7 @@
 - Routes: each is asked for known texts; all routes of one space must give the same vectors.
 - Providers: without one that can be asked, every cache miss fails.
 - Qdrant: whether points can be written to its collections, by writing one.
+- The shared tier: whether records can be written and read, by writing one.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from embedding_proxy.proxy.config.loader import Configuration
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service import index_writes
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY
+from embedding_proxy.proxy.service.storage import shared_tier
 
 from .routes import (
     Comparison,
@@ -43,6 +45,7 @@ MAX_PROVIDERS_AT_ONCE = 8
 """Providers that are asked at the same time, each for one model after the other: so the times are
 those of single calls, and a small machine need not load several models at once."""
 QDRANT_TIMEOUT_S = 10.0
+SHARED_LIMIT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -320,3 +323,62 @@ async def _writable_collections(
         lack = qdrant.collection or "the collections of the models"
         raise Denied(f"{lack} cannot be made, and no collection there can be written to: {denied}")
     return f"the key makes no collections, it can write to {', '.join(writable)} alone"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStatus:
+    """What came of asking the servers of `cache.shared`."""
+
+    address: str
+    ok: bool | None = None
+    """Whether records can be written and read; None if it was not asked."""
+    error: str | None = None
+    note: str | None = None
+    """What works, but not as it should."""
+
+    @property
+    def line(self) -> str:
+        """What is to be told, in one line."""
+        state = "not asked" if self.ok is None else "ok" if self.ok else "FAILED"
+        return f"shared tier: {self.address}: {state}{f'; {self.note}' if self.note else ''}"
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, if something is."""
+        return f"cache.shared: {self.error}" if self.ok is False else None
+
+    def as_json(self) -> dict[str, object]:
+        """Return everything there is to say."""
+        return asdict(self)
+
+
+async def check_shared(settings: Settings, *, offline: bool) -> SharedStatus | None:
+    """Write a record to the shared tier of a configuration, read and delete it; None without one.
+
+    Raises ConfigError for what `serve` would not start with.
+    """
+    tier = shared_tier(settings, SHARED_LIMIT_S)
+    if tier is None or settings.cache.shared is None:
+        return None
+    if offline:
+        return SharedStatus(tier.redis.name)
+    async with tier.redis as redis:
+        if not redis.is_available:
+            return SharedStatus(redis.name, ok=False, error=redis.reason)
+        failure = await tier.prove_writes()
+        if failure:
+            return SharedStatus(redis.name, ok=False, error=failure)
+        mean_ms = 1000 * redis.counters.seconds / redis.counters.exchanges
+        policy = await tier.eviction_policy()
+    notes = []
+    limit_ms = settings.cache.shared.timeout_ms
+    if mean_ms > limit_ms:
+        notes.append(
+            f"an exchange takes {mean_ms:.1f} ms, and is given up after timeout_ms: {limit_ms:g}"
+        )
+    if policy is not None and not policy.startswith("allkeys-"):
+        notes.append(
+            f"its maxmemory-policy is {policy}: once it is full it takes no further records; set"
+            " allkeys-lru"
+        )
+    return SharedStatus(redis.name, ok=True, note="; ".join(notes) or None)

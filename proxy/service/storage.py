@@ -82,8 +82,11 @@ class Storage:
                 await self._stack.aclose()
 
 
-def shared_tier(settings: Settings) -> "SharedTier | None":
-    """Return the tier of `cache.shared`, not yet opened; None without. Raises ConfigError."""
+def shared_tier(settings: Settings, limit_s: float | None = None) -> "SharedTier | None":
+    """Return the tier of `cache.shared`, not yet opened; None without. Raises ConfigError.
+
+    `limit_s` is another time limit of its exchanges than the configured one.
+    """
     shared = settings.cache.shared
     if shared is None:
         return None
@@ -102,7 +105,7 @@ def shared_tier(settings: Settings) -> "SharedTier | None":
             password=_secret(settings, "password_env"),
             sentinel_password=_secret(settings, "sentinel_password_env"),
             ca_file=None if shared.ca_file is None else str(shared.ca_file),
-            limit_s=shared.timeout_ms / 1000,
+            limit_s=limit_s or shared.timeout_ms / 1000,
             max_connections=shared.max_connections,
         )
     )

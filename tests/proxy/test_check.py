@@ -23,6 +23,7 @@ from embedding_proxy.proxy.diagnostics import check as checkup
 from embedding_proxy.proxy.diagnostics.routes import ModelSelection, RouteResult, choose_models
 from fault_server import hang, status
 from qdrant_server import QdrantServer
+from redis_server import needs_redis, redis_server
 
 ROOT = Path(__file__).parents[2]
 SMALL = "text-embedding-3-small"
@@ -651,6 +652,39 @@ async def test_qdrant_is_looked_at(check, upstream):
         assert done.code == 1
         assert "index.qdrant: connection refused by 127.0.0.1:" in done.out
         assert "while listing collections" in done.out
+
+
+@needs_redis
+async def test_the_shared_tier_is_looked_at(check, upstream, tmp_path, monkeypatch):
+    """Whether it can be written and read is found out, and what is wrong is named."""
+    with redis_server() as server:
+        shared = {"url": server.url}
+        sections = {
+            "providers": {"openai": {"base_url": upstream.url}},
+            "models": {"text-embedding-3-small": {}},
+            "cache": {"directory": str(tmp_path / "cache"), "shared": shared},
+        }
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        told = f"shared tier: {server.url}"
+        assert f"{told}: ok" in (await check(**sections)).out
+        assert f"{told}: not asked\n" in (await check("--offline", **sections)).out
+        assert server.keys("*") == []
+        server.call("CONFIG", "SET", "maxmemory", "1gb")
+        assert "its maxmemory-policy is noeviction" in (await check(**sections)).out
+        server.call("CONFIG", "SET", "maxmemory", "1")
+        done = await check(**sections)
+        assert f"{told}: FAILED\n" in done.out
+        assert "cache.shared: OOM command not allowed" in done.out
+        server.call("CONFIG", "SET", "requirepass", "hunter2")
+        assert "cache.shared: Authentication required" in (await check(**sections)).out
+        monkeypatch.setenv("REDIS_PASSWORD", "hunter3")
+        shared["password_env"] = "REDIS_PASSWORD"
+        done = await check(**sections)
+        assert "cache.shared: " in done.out
+        assert "hunter" not in done.out + done.err
+        assert done.code == 1
+        server.kill()
+        assert "cache.shared: Error 111 connecting" in (await check(**sections)).out
 
 
 def _indexing(upstream, qdrant, **more):
