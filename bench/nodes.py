@@ -48,8 +48,8 @@ MISS = b"\r\nx-cache: miss"
 TIMEOUT_MS = 1000
 """For the shared tier: on a machine that others use, Redis does not answer within the usual 5."""
 SETTLE_SECONDS = 3.0
-"""Until a node has written to the shared tier, in the background, what it has bought, and its leases
-there have expired."""
+"""Until a node has written in the background what it has bought, and its leases in the shared tier
+have expired."""
 HEADINGS = ("nodes", "shared, MB", "", *TIERS, "disk entries", "shared entries")
 LOOKUP = re.compile(r'^embedding_proxy_cache_lookups_total\{result="(\w+)"\} (\S+)$', re.MULTILINE)
 ENTRIES = re.compile(r"^embedding_proxy_cache_entries(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
