@@ -1,12 +1,15 @@
-"""bench/scale_simulation.py against cases that can be worked out by hand. Nothing is timed."""
+"""bench/scale_simulation.py against cases that are worked out by hand, and against real nodes."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from redis_server import needs_redis
 
+from bench import nodes
 from bench.scale_simulation import (
     COSTS,
+    MIB,
     PRICES,
     STORES,
     Fleet,
@@ -119,3 +122,20 @@ def test_the_table_has_a_line_for_each_fleet(capsys):
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
     assert [(line[1], line[3]) for line in lines] == [("1", "0"), ("2", "0"), ("2", "1")]
     assert [round(sum(map(float, line[4:8]))) for line in lines] == [100, 100, 100]
+
+
+@needs_redis
+@pytest.mark.slow
+def test_real_nodes_do_what_the_simulation_says(tmp_path, monkeypatch):
+    """Input by input: as many come from memory and from disk, and the rest from elsewhere."""
+    monkeypatch.setattr(nodes, "SETTLE_SECONDS", 0.0)
+    # Stored responses answer for some entries that memory has dropped.
+    monkeypatch.setattr(nodes, "ADMIN", {**nodes.ADMIN, "fast_path": False})
+    load = Workload(150, 300)
+    fleet = Fleet(2, memory=MIB, disk=1e9, shared=1e9)
+    found, said = nodes.run(tmp_path, load, fleet), simulate(load, fleet)
+    assert found.inputs[:2] == said.inputs[:2]
+    assert sum(found.inputs) == load.inputs
+    # A node may ask before the other one has written.
+    assert said.inputs[3] <= found.inputs[3] < said.inputs[2] + said.inputs[3]
+    assert found.disk_entries == said.disk_entries
