@@ -7,7 +7,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients reloads shared kills paths clients pins client-pins audit sbom release deploy-check clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients reloads leases shared kills paths clients pins client-pins audit sbom release deploy-check clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -130,6 +130,16 @@ HAND_OVERS ?= 20
 reloads: .venv/test
 	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/reload_trial.py \
 		--reloads $(RELOADS) --hand-overs $(HAND_OVERS)
+
+# LEASE_TEXTS asked of three nodes that share a Redis, five times each (needs redis-server). Then equal requests
+# at once at two and at four workers, LEASE_ROUNDS times with new texts, with LEASE_KILLS of those who buy, and
+# at processes of the library. Each text is bought once. Some ten minutes.
+LEASE_TEXTS ?= 10000
+LEASE_ROUNDS ?= 200
+LEASE_KILLS ?= 20
+leases: .venv/test
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/lease_trial.py \
+		--texts $(LEASE_TEXTS) --rounds $(LEASE_ROUNDS) --kills $(LEASE_KILLS)
 
 # Redis under a proxy: CANCELLATIONS of exchanges behind a delaying relay, and every fault for FAULT_SECONDS.
 # Needs redis-server.

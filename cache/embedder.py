@@ -241,7 +241,8 @@ class CachingEmbedder:
                 for key in leads:
                     index = indices.pop(key)
                     request.entries[index] = fetch.entries[key]
-                    request.outcomes[index] = Outcome.MISS
+                    is_bought = key not in fetch.coalesced
+                    request.outcomes[index] = Outcome.MISS if is_bought else Outcome.JOIN
             _take_joined(request, indices, joins)
             rounds += 1
 
@@ -281,7 +282,7 @@ class CachingEmbedder:
             usage = usage.plus(some[3])
         usage = _with_worth(usage, request.context.account)
         for fetch in request.fetches:
-            usage = usage.plus(fetch.charged)
+            usage = usage.plus(fetch.ledger.charged)
         partition = request.ring.partition
         key = ledger_key(partition, request.context.account)
         self._tiers.count(key, usage.unpaid)

@@ -5,118 +5,41 @@ leader harms no waiter. When nobody waits any more it is cancelled, unless a cal
 that is paid for, so it is finished and kept. What has come before the rest is given to waiters at
 once, and stays given when the rest fails. What comes after the end of a fetch, of a call that
 nobody waits for any more, is kept and billed like anything else. For one thread: the event loop's.
+
+Between processes, `leases` say who buys. A fetch buys what it gets leases for, and waits until the
+rest is in a tier, or its lease can be had. `ledger` counts what was bought.
 """
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from embedding_proxy.providers.base import Context, Embedded, Embedder, Input
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, slices
 from embedding_proxy.providers.charge import Bill
-from embedding_proxy.providers.errors import (
-    ClientKeyRefused,
-    DeadlineExceeded,
-    EmbeddingError,
-    InvalidRequest,
-    NoProviderAvailable,
-    PermissionDenied,
-    ProviderError,
-    ScopedQuotaExceeded,
-    UpstreamTimeout,
-)
+from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError, ProviderError
 
-from .errors import BudgetExceeded
-from .key import Key, Keyring
-from .ledger import NOTHING, Usage, charge_usage, ledger_key
+from .key import Key, Keyring, Keys
+from .leases import FRESH_S, Leases, pauses
+from .ledger import PurchaseLedger
 from .record import Entry
-from .tiers import Tiers
+from .shared_task import SharedTask
+from .tiers import LOT, Tiers
 
-K = TypeVar("K")
 T = TypeVar("T")
 
 MAX_RECENT = 16_384
 """Keys bought last that are remembered for requests that have looked before."""
-# Timers may go off early by as much, in seconds: uvloop's count whole milliseconds.
-_TICK = 0.01
-
-
-class SharedTask(Generic[K, T]):
-    """A task that buys some keys, and that several requests wait for.
-
-    The last to leave cancels it, unless a call was begun. `context` is the leader's: by its
-    deadline, or its client's key, the task may fail for the leader alone.
-    """
-
-    def __init__(
-        self,
-        keys: Sequence[K],
-        work: Callable[["SharedTask[K, T]"], Coroutine[Any, Any, T]],
-        context: Context,
-    ) -> None:
-        self.keys = keys
-        self.context = context
-        self.failed_key: K | None = None
-        """Of the one input that its failure is about."""
-        self.begun: set[K] = set()
-        """Those for which a call was begun: these are finished, though nobody may wait any more."""
-        self.waiters = 0
-        self.abandonment: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done once nobody waits any more: only what was begun may still be waited for."""
-        self.task = asyncio.create_task(work(self))
-
-    def begin(self, indices: Sequence[int]) -> None:
-        """Note that a call for the keys at these indices is about to be sent."""
-        self.begun.update(self.keys[index] for index in indices)
-
-    def leave(self) -> None:
-        """Note that one who waited no longer does; the last one out ends what was not begun."""
-        self.waiters -= 1
-        if not self.waiters and not self.task.done():
-            if not self.abandonment.done():
-                self.abandonment.set_result(None)
-            if not self.begun:
-                self.task.cancel()
-
-    def is_leader_specific(
-        self, error: EmbeddingError, wanted: Collection[K], context: Context
-    ) -> bool:
-        """Tell whether it failed for a reason that need not hold for one who waited for it.
-
-        What was refused may be another's input that was bought along; or the leader's time was up;
-        or its own key is refused, or has used up its limits. `context` is that of who waited.
-        """
-        if self._is_of_client(error, context):
-            return True
-        if self.failed_key is not None:
-            return self.failed_key not in wanted
-        if isinstance(error, InvalidRequest | PermissionDenied | ScopedQuotaExceeded):
-            # A budget is about no input.
-            return not (isinstance(error, BudgetExceeded) or set(self.keys) <= set(wanted))
-        if self.abandonment.done():
-            # It was joined after everybody had gone, and was not asked for again when it failed.
-            return True
-        if isinstance(error, DeadlineExceeded | UpstreamTimeout):
-            now, deadline = asyncio.get_running_loop().time(), self.context.deadline
-            return deadline is not None and deadline <= now + _TICK
-        return False
-
-    def _is_of_client(self, error: EmbeddingError, context: Context) -> bool:
-        """Tell whether it failed for what is the leader's client's own: its budget, or its key."""
-        if isinstance(error, BudgetExceeded):
-            return self.context.account.client != context.account.client
-        is_other_key = self.context.credential != context.credential
-        failures = NoProviderAvailable | ClientKeyRefused | ProviderError
-        return is_other_key and isinstance(error, failures)
 
 
 class Fetch(SharedTask[Key, None]):
     """The purchase of keys of one space, in the order of the call, for one leader.
 
-    Charges and inputs are counted as they come, before what was bought is written.
+    Charges and inputs are counted as they come, before what was bought is written. What another
+    process has bought is an entry like any other, and is not counted here.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what is bought, where, and where all of it goes
@@ -130,22 +53,24 @@ class Fetch(SharedTask[Key, None]):
     ) -> None:
         self._in_flight = in_flight
         self._tiers = tiers
+        self._inner = inner
         self._ring = ring
+        self._inputs = list(inputs.values())
         self.entries: dict[Key, Entry] = {}
-        """What has been bought so far, and is kept."""
+        """What there is so far, and is kept."""
+        self.coalesced: set[Key] = set()
+        """Those of the entries that another process has bought."""
         self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when there are more entries; then there is another."""
         self.providers: tuple[str, ...] = ()
-        self.charged = NOTHING
-        """The sums of all charges so far; inputs are not in it."""
+        self.ledger = PurchaseLedger(tiers.count, ring.partition, context.account)
         self._received: set[Key] = set()
-        self._sellers: dict[int, str] = {}
-        """Who was paid last for the key at an index."""
+        """Those that were bought."""
+        self._leased: set[bytes] = set()
+        """Addresses of which it holds the lease."""
         self._writes: list[asyncio.Task[None]] = []
-        self._is_written = True
-        """Whether all that was counted so far goes with a write that has begun."""
         self._is_over = False
-        super().__init__(list(inputs), lambda _: self._run(inner, list(inputs.values())), context)
+        super().__init__(list(inputs), lambda _: self._run(), context)
 
     def serves(self, key: Key, context: Context) -> bool:
         """Tell whether a request may wait for a key of the fetch.
@@ -162,54 +87,167 @@ class Fetch(SharedTask[Key, None]):
         is_same_key = terms.joins_same_key and self.context.credential == context.credential
         return is_same_key and self.context.terms.max_age <= 0
 
-    async def _run(self, inner: Embedder, inputs: Sequence[Input]) -> None:
+    async def _run(self) -> None:
         """Buy, store, hand out, each part as it comes. A failure keeps the parts before it.
 
         When it ends, all that was charged is on disk, also where nothing is to be kept.
         """
+        leases, terms = self._in_flight.leases, self.context.terms
         try:
-            context = replace(
-                self.context,
-                on_part=self._keep,
-                on_charge=self._charge,
-                on_begin=self.begin,
-                abandoned=self.abandonment,
-            )
-            embedded = await inner.embed(self._ring.space, inputs, context)
-            self.providers = embedded.providers
-            if len(self._received) < len(inputs):
-                await self._keep(range(len(inputs)), embedded)
+            if leases is None or not terms.write or terms.max_age <= 0:
+                # It leaves no trace, or takes nothing that another buys.
+                await self._buy(range(len(self.keys)))
+            else:
+                await self._obtain(leases)
         except EmbeddingError as error:
-            if error.index is None:
-                raise
-            if isinstance(error, ProviderError) and len(self.keys) > 1 and not self._received:
-                # A provider that is down fails with every input, with each in a call of its own if
-                # need be: none of them is to blame.
-                raise error.with_index(None) from error
-            self.failed_key = self.keys[error.index]
+            if error.index is not None:
+                self.failed_key = self.keys[error.index]
             raise
         finally:
             self._is_over = True
-            for write in self._writes:
-                await asyncio.shield(write)
-            if not self._is_written:
-                await asyncio.shield(self._in_flight.write(self._tiers.flush_counts()))
+            try:
+                for write in self._writes:
+                    await asyncio.shield(write)
+                if not self.ledger.is_written:
+                    await asyncio.shield(self._in_flight.write(self._tiers.flush_counts()))
+            finally:
+                self._release([key.address for key in self.keys])
+
+    async def _obtain(self, leases: Leases) -> None:
+        """Buy what no other process buys; wait for the rest until it is there, or may be bought."""
+        missing: Sequence[int] = range(len(self.keys))
+        await self._acquire(leases, missing)
+        if self._leased and not self._has_fresh_lookup:
+            missing = await self._take_stored(missing)
+        if len(self._leased) < len(missing):
+            await self._buy_some(leases, missing)
+        elif missing:
+            await self._buy(missing)
+
+    async def _buy_some(self, leases: Leases, missing: Sequence[int]) -> None:
+        """Buy what it holds leases for; look for the rest, and try again to get these.
+
+        After a failure nothing further is begun. It is raised when the calls under way have ended.
+        """
+        purchases: list[asyncio.Task[None]] = []
+        try:
+            for pause in pauses():
+                mine = {place for place in missing if self.keys[place].address in self._leased}
+                if mine:
+                    purchases.append(asyncio.create_task(self._buy(sorted(mine))))
+                    self._in_flight.add_task(purchases[-1])
+                    missing = [place for place in missing if place not in mine]
+                if not missing or not await self._pause(pause, purchases):
+                    break
+                await self._acquire(leases, missing)
+                # Whoever had a lease has written before it was given back.
+                missing = await self._take_stored(missing)
+            await _end_of(purchases)
+        except asyncio.CancelledError:
+            for purchase in purchases:
+                purchase.cancel()
+            await _end_of(purchases)
+            raise
+        for purchase in purchases:
+            purchase.result()
+        if missing:
+            is_left = self.abandonment.done()
+            raise DeadlineExceeded(
+                "nobody waits for the answer any more"
+                if is_left
+                else "the time of the request was up"
+            )
+
+    @property
+    def _has_fresh_lookup(self) -> bool:
+        """Whether the leader looked for its keys so lately that nobody can have bought one since.
+
+        Nobody whose lease was given back by now, that is: see `leases`.
+        """
+        begun = self.context.begun
+        return begun is not None and asyncio.get_running_loop().time() - begun < FRESH_S
+
+    async def _acquire(self, leases: Leases, places: Sequence[int]) -> None:
+        self._leased.update(await leases.acquire([self.keys[place].address for place in places]))
+
+    def _release(self, addresses: Iterable[bytes], *, is_written: bool = False) -> None:
+        """Give back those leases that it holds."""
+        mine = self._leased.intersection(addresses)
+        if mine and self._in_flight.leases is not None:
+            self._leased -= mine
+            self._in_flight.leases.release(mine, is_written=is_written)
+
+    async def _take_stored(self, places: Sequence[int]) -> list[int]:
+        """Hand out what a tier has by now, bought by another process; return the other places."""
+        missing: list[int] = []
+        async for some in slices(places, LOT):
+            keys = [self.keys[place] for place in some]
+            lookup = await self._tiers.poll(
+                Keys.from_keys(keys), self._ring.partition, self.context.terms
+            )
+            missing += [some[index] for index in lookup.missing]
+            found = {key: entry for key, entry in zip(keys, lookup.entries, strict=True) if entry}
+            if found:
+                self.coalesced.update(found)
+                self._release(key.address for key in found)
+                self._hand_out(found)
+        return missing
+
+    async def _pause(self, seconds: float, purchases: Sequence[asyncio.Task[None]]) -> bool:
+        """Wait for that long, or for a purchase to end; return whether to try again."""
+        deadline, loop = self.context.deadline, asyncio.get_running_loop()
+        if deadline is not None:
+            seconds = min(seconds, deadline - loop.time())
+        under_way = [purchase for purchase in purchases if not purchase.done()]
+        await asyncio.wait(
+            (self.abandonment, *under_way), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        has_failed = any(one.done() and one.exception() is not None for one in purchases)
+        is_late = deadline is not None and deadline <= loop.time()
+        return not (self.abandonment.done() or has_failed or is_late)
+
+    async def _buy(self, places: Sequence[int]) -> None:
+        """Buy the inputs at these places; keep each part as it comes."""
+
+        def begin(indices: Sequence[int]) -> None:
+            self.begin([places[index] for index in indices])
+
+        def charge(bill: Bill) -> None:
+            self._charge(bill.at(places))
+
+        async def keep(indices: Sequence[int], part: Embedded) -> None:
+            await self._keep([places[index] for index in indices], part)
+
+        context = replace(
+            self.context, on_part=keep, on_charge=charge, on_begin=begin, abandoned=self.abandonment
+        )
+        keys = [self.keys[place] for place in places]
+        try:
+            inputs = [self._inputs[place] for place in places]
+            embedded = await self._inner.embed(self._ring.space, inputs, context)
+            self.providers = tuple(dict.fromkeys((*self.providers, *embedded.providers)))
+            await self._keep(places, embedded)
+        except EmbeddingError as error:
+            if error.index is None:
+                raise
+            is_down = isinstance(error, ProviderError) and len(places) > 1
+            if is_down and self._received.isdisjoint(keys):
+                # A provider that is down fails with every input, with each in a call of its own if
+                # need be: none of them is to blame.
+                raise error.with_index(None) from error
+            if places[error.index] == error.index:
+                raise
+            raise error.with_index(places[error.index]) from error
+        finally:
+            self._release(key.address for key in keys if key not in self._received)
 
     def _charge(self, bill: Bill) -> None:
         """Count a charge, and tell the leader's `on_charge`."""
-        self._sellers.update(dict.fromkeys(bill.places, bill.provider))
-        usage = charge_usage(bill)
-        self.charged = self.charged.plus(usage)
-        self._count(bill.provider, usage)
+        self.ledger.count_charge(bill)
         if self.context.on_charge is not None:
             self.context.on_charge(bill)
         if self._is_over:
             self._in_flight.write(self._tiers.flush_counts())
-
-    def _count(self, provider: str, usage: Usage) -> None:
-        self._is_written = False
-        key = ledger_key(self._ring.partition, self.context.account, provider)
-        self._tiers.count(key, usage)
 
     async def _keep(self, places: Sequence[int], part: Embedded) -> None:
         """Keep the answer to the inputs at these places, and hand it out; once for each input."""
@@ -222,23 +260,38 @@ class Fetch(SharedTask[Key, None]):
             for index, vector, tokens in new
         }
         self._received.update(entries)
-        sellers = Counter(self._sellers.get(index, "") for index, *_ in new)
-        for seller, inputs in sellers.items():
-            self._count(seller, Usage(misses=inputs))
+        self.ledger.count_inputs([index for index, *_ in new])
         # Who brings it may be called off while it is written; it is bought all the same.
         write = self._in_flight.write(self._put(entries))
         self._writes.append(write)
         await asyncio.shield(write)
 
     async def _put(self, entries: Mapping[Key, Entry]) -> None:
-        if self.context.terms.write:
+        leases, partition, late = self._in_flight.leases, self._ring.partition, dict[Key, float]()
+        if leases is not None and self._leased:
+            late = {key: age for key in entries if (age := leases.lapsed_s(key.address))}
+        if self.context.terms.write and len(late) < len(entries):
             # What was counted so far goes into the same transaction.
-            self._is_written = True
-        await self._tiers.put_many(entries, self._ring.partition, self.context.terms)
+            self.ledger.is_written = True
+        if late:
+            # Another node may have bought them meanwhile.
+            age_s = max(late.values())
+            await self._tiers.put_late({key: entries[key] for key in late}, partition, age_s)
+        prompt = {key: entries[key] for key in entries if key not in late} if late else entries
+        await self._tiers.put_many(prompt, partition, self.context.terms)
+        self._release((key.address for key in entries), is_written=True)
+        self._hand_out(entries)
+
+    def _hand_out(self, entries: Mapping[Key, Entry]) -> None:
         self._in_flight.note_landed(self, entries)
         self.entries.update(entries)
         self.news.set_result(None)
         self.news = asyncio.get_running_loop().create_future()
+
+
+async def _end_of(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        await asyncio.wait((task,))
 
 
 async def wait(
@@ -279,7 +332,9 @@ class _Joinable:
 class InFlight:
     """The fetches in progress, by key, and all tasks that must not be lost."""
 
-    def __init__(self, max_recent: int = MAX_RECENT) -> None:
+    def __init__(self, leases: Leases | None = None, max_recent: int = MAX_RECENT) -> None:
+        """`leases` are held against other processes; None = no other one shares the cache."""
+        self.leases = leases
         self._joinable = _Joinable(max_recent)
         self._fetches = self._joinable.fetches
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -292,7 +347,7 @@ class InFlight:
 
     def successor(self) -> "InFlight":
         """Return another one that joins the same fetches, and owns only those that it adds."""
-        successor = InFlight()
+        successor = InFlight(self.leases)
         successor._joinable = self._joinable
         successor._fetches = self._fetches
         return successor

@@ -6,6 +6,8 @@ the sums on disk.
 """
 
 import enum
+from collections import Counter
+from collections.abc import Callable, Sequence
 from operator import add
 from typing import Any, NamedTuple, TypeAlias
 
@@ -100,6 +102,44 @@ def ledger_key(partition: Partition, account: Account, provider: str = "") -> Le
 def charge_usage(bill: Bill) -> Usage:
     """Return the sums of one charge."""
     return Usage(tokens_billed=sum(bill.tokens), nanodollars_billed=sum(bill.nanodollars))
+
+
+class PurchaseLedger:
+    """Counts one purchase: each charge, and each input that came, for the provider that was paid.
+
+    An input is named by its place in the purchase.
+    """
+
+    def __init__(
+        self, count: Callable[[LedgerKey, Usage], None], partition: Partition, account: Account
+    ) -> None:
+        """`count` adds to the sums of the store."""
+        self._add = count
+        self._partition = partition
+        self._account = account
+        self._providers: dict[int, str] = {}
+        """Who was paid last for the input at a place."""
+        self.charged = NOTHING
+        """The sums of all charges so far; inputs are not in it."""
+        self.is_written = True
+        """Whether all that was counted so far goes with a write that has begun; the purchase says
+        when one begins."""
+
+    def count_charge(self, bill: Bill) -> None:
+        """Count what was charged for a call."""
+        self._providers.update(dict.fromkeys(bill.places, bill.provider))
+        usage = charge_usage(bill)
+        self.charged = self.charged.plus(usage)
+        self._count(bill.provider, usage)
+
+    def count_inputs(self, places: Sequence[int]) -> None:
+        """Count inputs that have come, each once, as misses: after the charges for them."""
+        for provider, inputs in Counter(self._providers.get(p, "") for p in places).items():
+            self._count(provider, Usage(misses=inputs))
+
+    def _count(self, provider: str, usage: Usage) -> None:
+        self.is_written = False
+        self._add(ledger_key(self._partition, self._account, provider), usage)
 
 
 class By(enum.StrEnum):

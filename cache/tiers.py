@@ -115,15 +115,18 @@ class Tiers:
             await self._finish_shared(lookup, partition, terms)
         return lookup
 
+    async def poll(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
+        """Look up once more what was missing, at most LOT keys. It is not counted again."""
+        lookup = self.lookup_nowait(keys, partition, terms)
+        await self._complete_on_disk(lookup, partition, terms)
+        await self._complete_shared(lookup, partition, terms)
+        return lookup
+
     async def _finish_on_disk(
         self, lookup: Lookup, partition: Partition, terms: CachePolicy
     ) -> None:
-        if not lookup.is_complete:
-            addresses, epoch = lookup.keys.addresses, self._store.purge_epoch
-            records = await self._store.lookup([addresses[index] for index in lookup.missing])
-            # What was purged while it was read is not kept in memory.
-            kept = terms if self._is_purge_epoch(epoch) else replace(terms, write=False)
-            self._add_records(lookup, records, partition.dimensions, kept)
+        """Ask the disk for what has to be awaited, and count what was found so far."""
+        await self._complete_on_disk(lookup, partition, terms)
         self.count_lookup(lookup, partition, terms)
         if lookup.damaged and terms.spend and terms.write:
             await self._store.delete_many(lookup.damaged)
@@ -132,18 +135,33 @@ class Tiers:
         self, lookup: Lookup, partition: Partition, terms: CachePolicy
     ) -> None:
         """Ask the shared tier for what is missing, and count both."""
-        if terms.max_age <= 0:
+        asked = len(lookup.missing)
+        await self._complete_shared(lookup, partition, terms)
+        if terms.max_age > 0:
+            self.counters.shared_hits += asked - len(lookup.missing)
+            self.counters.misses += len(lookup.missing)
+
+    async def _complete_on_disk(
+        self, lookup: Lookup, partition: Partition, terms: CachePolicy
+    ) -> None:
+        if not lookup.is_complete:
+            addresses, epoch = lookup.keys.addresses, self._store.purge_epoch
+            records = await self._store.lookup([addresses[index] for index in lookup.missing])
+            # What was purged while it was read is not kept in memory.
+            kept = terms if self._is_purge_epoch(epoch) else replace(terms, write=False)
+            self._add_records(lookup, records, partition.dimensions, kept)
+
+    async def _complete_shared(
+        self, lookup: Lookup, partition: Partition, terms: CachePolicy
+    ) -> None:
+        if self.shared is None or not lookup.missing or terms.max_age <= 0:
             return
-        if self.shared is not None and lookup.missing:
-            missing, epoch = lookup.missing, self._store.purge_epoch
-            addresses, digests = lookup.keys.addresses, lookup.keys.digests
-            keys = Keys([addresses[i] for i in missing], [digests[i] for i in missing])
-            width = partition.dimensions
-            found = await self.shared.lookup(
-                keys, width, lambda raw: self._warn_of_width(raw, width)
-            )
-            await self._add_shared(lookup, found, partition, terms, epoch)
-        self.counters.misses += len(lookup.missing)
+        missing, epoch = lookup.missing, self._store.purge_epoch
+        addresses, digests = lookup.keys.addresses, lookup.keys.digests
+        keys = Keys([addresses[i] for i in missing], [digests[i] for i in missing])
+        width = partition.dimensions
+        found = await self.shared.lookup(keys, width, lambda raw: self._warn_of_width(raw, width))
+        await self._add_shared(lookup, found, partition, terms, epoch)
 
     async def _add_shared(
         self,
@@ -174,7 +192,6 @@ class Tiers:
                 if len(self._copies) < MAX_COPIES:
                     raw = record.encode(one.entry)
                     self._copies[address] = PendingRecord(raw, partition, one.stored)
-        self.counters.shared_hits += len(lookup.missing) - len(missing)
         lookup.missing = missing
         if self._copies and self._copier is None:
             self._copier = asyncio.create_task(self._copy())
@@ -313,6 +330,38 @@ class Tiers:
             if self._is_purge_epoch(epoch):
                 for key, entry in some.items():
                     self.memory.put(key.address, entry)
+
+    async def put_late(
+        self, entries: Mapping[Key, Entry], partition: Partition, age_s: float
+    ) -> None:
+        """Keep entries that were bought too late, as if that long ago: they replace nothing newer.
+
+        No counts are written along.
+        """
+        stored = time.time() - age_s
+        if self.shared is not None:
+            own = {key.address: entry for key, entry in entries.items()}
+            self.shared.put(own, partition, stored, replaces=False)
+        await self._store.put_older(
+            {
+                key.address: PendingRecord(record.encode(entry), partition, stored)
+                for key, entry in entries.items()
+            }
+        )
+
+    async def find_width(self, key: Key) -> int:
+        """Return the dimensions of the record of a key, if there is one; else 0."""
+        widths: list[int] = []
+
+        def note(raw: bytes) -> None:
+            if not record.is_damaged(raw, key.digest):
+                widths.append(record.width(raw) or 0)
+
+        for found in (await self._store.lookup([key.address])).values():
+            note(found.record)
+        if not widths and self.shared is not None:
+            await self.shared.lookup(Keys.from_keys([key]), 0, note)
+        return max(widths, default=0)
 
     def _is_purge_epoch(self, epoch: int) -> bool:
         """Tell whether another process has purged nothing since that epoch."""

@@ -92,6 +92,7 @@ SLOW = {
     "test_indexing",
     "test_keys",
     "test_learned",
+    "test_lease_trial",
     "test_ledger",
     "test_limits",
     "test_lost_log",

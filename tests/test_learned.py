@@ -1,6 +1,7 @@
 """Models of which only the name is known: where they are asked for, and how wide they are."""
 
 import asyncio
+import sys
 import threading
 from pathlib import Path
 
@@ -80,6 +81,18 @@ async def test_two_workers_learn_one_width(upstream, start_proxy):
     assert reply.status == 502
     reply, _ = await _embed(other, "a")
     assert reply.headers["x-cache"] == "hit"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such leases are Linux's own")
+@pytest.mark.parametrize("fields", [{}, {"task": "x"}], ids=["plain", "parameters"])
+async def test_two_workers_buy_the_first_input_once(fields, upstream, start_proxy):
+    """The one waits for the other, and learns the width from what that has bought."""
+    upstream.widths = {NEW: 40}
+    workers = [await start_proxy(openai=upstream) for _ in range(2)]
+    asked = [asyncio.create_task(_embed(worker, "a", **fields)) for worker in workers * 3]
+    for reply, (got,) in [await task for task in asked]:
+        assert (reply.status, got.shape) == (200, (40,))
+    assert upstream.inputs == ["a"]
 
 
 async def test_a_width_that_is_asked_for_is_the_upstreams_to_give(upstream, start_proxy):

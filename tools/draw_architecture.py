@@ -39,6 +39,7 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "look-up and purchase": (
             "cache/embedder.py",
             "cache/in_flight.py",
+            "cache/shared_task.py",
             "cache/cached_hit.py",
             "cache/tiers.py",
         ),

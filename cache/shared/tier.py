@@ -78,6 +78,7 @@ class _Write(NamedTuple):
     key: bytes
     value: bytes
     stored: float
+    replaces: bool = True
     tries: int = 0
 
 
@@ -179,9 +180,17 @@ class SharedTier:
         return found
 
     def put(
-        self, entries: Mapping[bytes, Entry], partition: Partition, stored: float | None = None
+        self,
+        entries: Mapping[bytes, Entry],
+        partition: Partition,
+        stored: float | None = None,
+        *,
+        replaces: bool = True,
     ) -> None:
-        """Write entries in a while. `stored` is when they were bought; None = now. Never raises."""
+        """Write entries in a while. `stored` is when they were bought; None = now. Never raises.
+
+        `replaces`: whether they take the place of those that are there.
+        """
         if self._is_closed or self._refusals.is_waiting:
             self.counters.write_errors += len(entries)
             return
@@ -190,7 +199,7 @@ class SharedTier:
             record = records.encode(entry, is_float16=self._is_float16)
             value = pack(record, stored, partition)
             if value is not None:
-                self._add(_Write(self.redis.key(KIND, address), value, stored))
+                self._add(_Write(self.redis.key(KIND, address), value, stored, replaces))
         if self._writer is None and self._queue:
             self._writer = asyncio.create_task(self._write_queue())
 
@@ -342,10 +351,11 @@ class SharedTier:
             await asyncio.sleep(RETRY_S)
 
     def _words(self, write: _Write) -> tuple[bytes | int, ...]:
+        words = (b"SET", write.key, write.value, *(() if write.replaces else (b"NX",)))
         if self._ttl_s is None:
-            return (b"SET", write.key, write.value)
+            return words
         left_ms = round(1000 * (write.stored + self._ttl_s - self._clock()))
-        return (b"SET", write.key, write.value, b"PX", max(1, left_ms))
+        return (*words, b"PX", max(1, left_ms))
 
     def _note_refusal(self, refusal: str, *, is_answered: bool) -> None:
         """Leave the server alone with writes for a while if it has refused one; say so once."""

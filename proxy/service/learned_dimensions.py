@@ -10,6 +10,7 @@ model; its answers are refused like all others of wrong dimensions.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
@@ -24,8 +25,10 @@ from embedding_proxy.cache.cached_hit import CountedEmbeddings
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.embedder import MAX_ROUNDS_WITH_STRANGERS, CachingEmbedder
 from embedding_proxy.cache.errors import NotCached, name_input
-from embedding_proxy.cache.in_flight import InFlight, SharedTask, wait
-from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.in_flight import InFlight, wait
+from embedding_proxy.cache.key import Key, Namespace, keyring
+from embedding_proxy.cache.leases import MIN_PAUSE_S, Leases, pauses
+from embedding_proxy.cache.shared_task import SharedTask
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space, slices
 from embedding_proxy.providers.charge import Bill, OnCharge
@@ -243,6 +246,13 @@ class WidthLearner:
         def keep(bought: _Bought) -> asyncio.Task[CountedEmbeddings]:
             return self._in_flight.write(self._keep_first(space, bought, context, copies))
 
+        lease = _Lease(self._in_flight.leases, learning, space)
+        width = await lease.take(partial(self._find_width, space))
+        if width:
+            space = replace(space, dimensions=width)
+            await self._note_width(space)
+            embedder = CachingEmbedder(source, self._tiers, self._in_flight)
+            return width, await embedder.embed(space, [*learning.keys] * copies, context)
         bought = _Bought(learning.keys[0], context.on_charge, keep)
         learning_context = replace(
             context,
@@ -266,6 +276,23 @@ class WidthLearner:
             bought.tell_charges(on_charge)
             await asyncio.shield(self._in_flight.write(self._tiers.flush_counts()))
             raise
+        finally:
+            lease.release(is_written=bought.kept is not None)
+
+    async def _find_width(self, space: Space, key: Key) -> int:
+        """Return the width that another process has learned from the input of a key, 0 if none."""
+        await self._learned.refresh()
+        return self._width(space) or await self._tiers.find_width(key)
+
+    async def _note_width(self, space: Space) -> None:
+        """Note the width of a space. Raises InvalidAnswer when it has another one."""
+        if space.parameters:
+            # A client's own fields may change the width: it holds for the same fields alone.
+            self._widths[space.label] = space.dimensions
+            if len(self._widths) > MAX_SPACES:
+                del self._widths[next(iter(self._widths))]
+        else:
+            await self._learned.pin(space.name, space.dimensions)
 
     async def _keep_first(
         self, space: Space, bought: "_Bought", context: Context, copies: int
@@ -279,13 +306,7 @@ class WidthLearner:
         context = replace(context, terms=terms, deadline=None, on_charge=None)
         embedder = CachingEmbedder(bought, self._tiers, self._in_flight)
         answer = await embedder.embed(space, [bought.item] * copies, context)
-        if space.parameters:
-            # A client's own fields may change the width: it holds for the same fields alone.
-            self._widths[space.label] = space.dimensions
-            if len(self._widths) > MAX_SPACES:
-                del self._widths[next(iter(self._widths))]
-        else:
-            await self._learned.pin(space.name, space.dimensions)
+        await self._note_width(space)
         return answer
 
     def _forget(self, label: str, learning: _Learning) -> None:
@@ -297,6 +318,50 @@ class WidthLearner:
         if space.parameters:
             return self._widths.get(space.label, 0)
         return self._learned.get(space.name)
+
+
+class _Lease:
+    """The lease of the input that a width is learned from: one process buys it."""
+
+    def __init__(self, leases: Leases | None, learning: _Learning, space: Space) -> None:
+        context = learning.context
+        self._learning = learning
+        self._key = keyring(space, Namespace(context.namespace)).key(learning.keys[0])
+        is_private = not context.terms.write or context.terms.max_age <= 0
+        self._leases = None if is_private else leases
+        self._is_held = False
+
+    async def take(self, find_width: Callable[[Key], Awaitable[int]]) -> int:
+        """Wait for the lease, and return 0; or the width, if another process tells it before.
+
+        Raises DeadlineExceeded when the time is up, or nobody waits any more.
+        """
+        deadline, loop = self._learning.context.deadline, asyncio.get_running_loop()
+        abandonment = self._learning.abandonment
+        if self._leases is None:
+            return 0
+        for pause in pauses():
+            if await self._leases.acquire([self._key.address]):
+                self._is_held = True
+                # Whoever had it has told before it was given back.
+                width = 0 if pause == MIN_PAUSE_S else await find_width(self._key)
+            else:
+                width = await find_width(self._key)
+            if width:
+                self.release(is_written=False)
+            if width or self._is_held:
+                return width
+            left = math.inf if deadline is None else deadline - loop.time()
+            await asyncio.wait((abandonment,), timeout=min(pause, left))
+            if abandonment.done() or left <= 0:
+                raise DeadlineExceeded("the time of the request was up")
+        return 0
+
+    def release(self, *, is_written: bool) -> None:
+        """Give it back if it is held."""
+        if self._leases is not None and self._is_held:
+            self._is_held = False
+            self._leases.release([self._key.address], is_written=is_written)
 
 
 async def embed_one_first(

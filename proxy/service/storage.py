@@ -9,6 +9,7 @@ import os
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
+from embedding_proxy.cache.disk.file_leases import FileLeases
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.memory import Memory
@@ -22,6 +23,7 @@ from .budgets import Budgets
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 
 if TYPE_CHECKING:
+    from embedding_proxy.cache.shared.redis_leases import RedisLeases
     from embedding_proxy.cache.shared.tier import SharedTier
 
 MIB = 1 << 20
@@ -53,7 +55,9 @@ class Storage:
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
         self.tiers = Tiers(self.memory, self.store, shared)
         self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
-        self.in_flight = InFlight()
+        self._leases = FileLeases(self.store.folder)
+        self._shared_leases = _shared_leases(self._leases, shared)
+        self.in_flight = InFlight(self._shared_leases or self._leases)
         self.budgets = Budgets(self.store, workers)
         """What clients with budgets have spent."""
         self.counts_owner: object = None
@@ -66,10 +70,13 @@ class Storage:
         """Hold it; the first one opens it. Raises StoreError if the directory cannot be used."""
         async with self._opening:
             if not self._holders:
+                self._stack.callback(self._leases.close)
                 await self._stack.enter_async_context(self.store)
                 if self.shared is not None:
                     await self._stack.enter_async_context(self.shared)
                     self._stack.push_async_callback(self.tiers.flush_copies)
+                if self._shared_leases is not None:
+                    self._stack.push_async_callback(self._shared_leases.aclose)
                 await self.learned.refresh()
             self._holders += 1
         return self
@@ -80,6 +87,14 @@ class Storage:
             self._holders -= 1
             if not self._holders:
                 await self._stack.aclose()
+
+
+def _shared_leases(local: FileLeases, shared: "SharedTier | None") -> "RedisLeases | None":
+    if shared is None:
+        return None
+    from embedding_proxy.cache.shared.redis_leases import RedisLeases  # noqa: PLC0415 - an extra
+
+    return RedisLeases(local, shared.redis)
 
 
 def shared_tier(settings: Settings, limit_s: float | None = None) -> "SharedTier | None":

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from embedding_proxy.cache.disk.write_batch import StoredRecord
+from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord
 from embedding_proxy.cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, Partition, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.record import Entry
@@ -170,6 +170,12 @@ class FakeStore:
         if not self.broken:
             self.records.update(records)
         await self.writing.through()
+        return not self.broken
+
+    async def put_older(self, records: Mapping[bytes, PendingRecord]) -> bool:
+        for address, record in records.items():
+            if address not in self.records or (record.stored or 0.0) > self.stored:
+                self.records[address] = record.record
         return not self.broken
 
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:

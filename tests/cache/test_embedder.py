@@ -10,9 +10,10 @@ from embedding_proxy.cache.disk import database, purge
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.embedder import CachingEmbedder
-from embedding_proxy.cache.in_flight import InFlight, SharedTask
+from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.shared_task import SharedTask
 from embedding_proxy.cache.tiers import TierCounters, Tiers
 from embedding_proxy.providers.base import Context, Outcome, Space
 from embedding_proxy.providers.charge import Account

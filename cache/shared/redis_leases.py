@@ -1,0 +1,180 @@
+"""Leases between machines: short ones in Redis, for whoever has the lease of its own machine.
+
+A lease is a key that holds a token of its own and expires by itself. It is set if nobody has it,
+renewed while the record is being bought, and deleted by a script that compares the token: what
+another node holds by now is left alone. After the record was written it stays for WRITTEN_S, for
+records reach the shared tier in the background.
+
+While Redis cannot be reached, or refuses, the lease of the machine alone decides.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Collection, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embedding_proxy.cache.leases import Leases
+
+from .client import Answer, Command, RedisClient
+
+KIND = "lease"
+TTL_S = 3.0
+"""How long a lease lasts that is not renewed: its buyer has died, or is stopped."""
+RENEW_S = 1.0
+"""How often the leases that are held are renewed, in seconds."""
+WRITTEN_S = 2.0
+"""How long a lease lasts after its record was written on the machine that has bought it."""
+LIMIT_S = 0.25
+"""The time limit of what nobody waits for."""
+KEEP = b"""\
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if ARGV[2] == '0' then return redis.call('DEL', KEYS[1]) end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])"""
+"""Lets a lease last for so many milliseconds from now, if the token is still its own."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lease of this process."""
+
+    token: bytes
+    lapses: float
+    """When it does unless it is renewed, on the clock of the event loop."""
+    grants: int = 1
+
+
+class RedisLeases:
+    """Leases as `leases.Leases`, of a machine and of all machines. For one event loop."""
+
+    def __init__(self, local: Leases, redis: RedisClient) -> None:
+        """`redis` is open as long as leases are asked for, and until `aclose` has returned."""
+        self._local = local
+        self._redis = redis
+        self._node = secrets.token_bytes(8)
+        self._tokens = 0
+        self._held: dict[bytes, _Held] = {}
+        self._written: dict[bytes, bytes] = {}
+        """Tokens of leases that are left to expire, by address, the oldest first."""
+        self._renewal: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def acquire(self, addresses: Sequence[bytes]) -> Collection[bytes]:
+        """Take the leases that nobody else holds, on any machine; return their addresses."""
+        local = await self._local.acquire(addresses)
+        new = [address for address in local if address not in self._held]
+        for address in local:
+            if address in self._held:
+                self._held[address].grants += 1
+        if not new or not self._redis.is_available:
+            return local
+        token = self._new_token()
+        try:
+            refused = await self._take(new, token)
+        except asyncio.CancelledError:
+            self._start(self._keep(dict.fromkeys(new, token), 0.0))
+            self._local.release(new, is_written=False)
+            self.release([address for address in local if address not in new], is_written=False)
+            raise
+        if not refused:
+            return local
+        self._local.release(refused, is_written=False)
+        return [address for address in local if address not in refused]
+
+    async def _take(self, addresses: Sequence[bytes], token: bytes) -> Collection[bytes]:
+        """Take leases in Redis; return those that another node holds."""
+        lapses = asyncio.get_running_loop().time() + TTL_S
+        words = (b"NX", b"PX", round(1000 * TTL_S))
+        keys = [self._redis.key(KIND, address) for address in addresses]
+        answers = await self._redis.exchange(
+            [Command(key, (b"SET", key, token, *words)) for key in keys]
+        )
+        both = zip(addresses, answers, strict=True)
+        taken = {address: token for address, answer in both if answer is not None}
+        # Of those that are taken, some may be this process's own: written a moment ago.
+        own = {a: self._written[a] for a in addresses if a not in taken and a in self._written}
+        if own:
+            for (address, old), answer in zip(
+                own.items(), await self._keep(own, TTL_S), strict=True
+            ):
+                if answer == 1:
+                    taken[address] = old
+        for address, one in taken.items():
+            self._written.pop(address, None)
+            # Without an answer it may have been taken: then it is given back like any other.
+            self._held[address] = _Held(one, lapses)
+        if self._held and self._renewal is None:
+            self._renewal = self._start(self._renew())
+        return {address for address in addresses if address not in taken}
+
+    def lapsed_s(self, address: bytes) -> float:
+        """Return for how long a lease may have been another node's, in seconds; 0 = not at all."""
+        held = self._held.get(address)
+        return 0.0 if held is None else max(0.0, asyncio.get_running_loop().time() - held.lapses)
+
+    def release(self, addresses: Collection[bytes], *, is_written: bool) -> None:
+        """Give leases back: soon, or after a while if their records were written."""
+        tokens: dict[bytes, bytes] = {}
+        for address in addresses:
+            held = self._held.get(address)
+            if held is not None:
+                held.grants -= 1
+                if not held.grants:
+                    tokens[address] = held.token
+                    del self._held[address]
+        if tokens:
+            if is_written:
+                self._written.update(tokens)
+                loop = asyncio.get_running_loop()
+                loop.call_later(WRITTEN_S, self._forget, tokens)
+            self._start(self._keep(tokens, WRITTEN_S if is_written else 0.0))
+        self._local.release(addresses, is_written=is_written)
+
+    def _forget(self, tokens: dict[bytes, bytes]) -> None:
+        for address, token in tokens.items():
+            if self._written.get(address) == token:
+                del self._written[address]
+
+    async def aclose(self) -> None:
+        """Give everything back that is held, and wait until that was sent."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+        if self._held:
+            self._start(self._keep({a: held.token for a, held in self._held.items()}, 0.0))
+            self._held.clear()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _new_token(self) -> bytes:
+        self._tokens += 1
+        return b"%b:%d" % (self._node.hex().encode(), self._tokens)
+
+    async def _keep(self, tokens: dict[bytes, bytes], seconds: float) -> list[Answer]:
+        """Let leases last for so long from now, as far as they are still held."""
+        commands: list[Command] = []
+        for address, token in tokens.items():
+            key = self._redis.key(KIND, address)
+            commands.append(Command(key, (b"EVAL", KEEP, 1, key, token, round(1000 * seconds))))
+        return await self._redis.exchange(commands, max(LIMIT_S, self._redis.options.limit_s))
+
+    async def _renew(self) -> None:
+        """Renew what is held, again and again, until nothing is."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._held:
+                await asyncio.sleep(RENEW_S)
+                tokens = {address: held.token for address, held in self._held.items()}
+                lapses = loop.time() + TTL_S
+                answers = await self._keep(tokens, TTL_S) if tokens else []
+                for (address, token), answer in zip(tokens.items(), answers, strict=True):
+                    held = self._held.get(address)
+                    if held is not None and held.token == token and answer == 1:
+                        held.lapses = lapses
+        finally:
+            self._renewal = None
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
