@@ -72,15 +72,15 @@ class Costs:
     """Of an entry: T11 of docs/performance.md."""
     shared_bytes: float = 7_275
     """Of an entry: `python -m bench.nodes --records`."""
-    single_us: tuple[float, float, float, float] = (70, 99, 500, 3_110)
-    """Processor time of an input that comes alone, by tier, in microseconds."""
-    bulk_us: tuple[float, float, float, float] = (12.5, 22.2, 40, 270)
+    single_us: tuple[float, float, float, float] = (117, 179, 423, 1_560)
+    """Processor time of an input that comes alone, by tier, in µs: `bench.nodes --costs`."""
+    bulk_us: tuple[float, float, float, float] = (7.3, 16.9, 47.4, 117)
     """The same of one in a list of 2,000."""
-    reply_bytes: float = 8_500
-    """Of the reply to one input in base64, with its head."""
-    exchange_bytes: float = 6_300
-    """Between a node and the shared tier, for an entry read or written."""
-    value_bytes: float = 6_253
+    reply_bytes: float = 8_344
+    """Of the body of a reply to one input, in base64."""
+    exchange_bytes: float = 6_600
+    """Between a node and the shared tier, for an entry read, or written with its lease."""
+    value_bytes: float = 6_273
     """Of a record and its key, as the shared tier is sent them."""
 
 
