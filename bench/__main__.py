@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import beside, hits, misses, peers, record, scale
+from . import beside, hits, misses, peers, record, scale, shared
 from .process import LOADING, PROC
 from .table import Row, plain
 
@@ -31,6 +31,7 @@ def measured(asked: argparse.Namespace, folder: Path) -> Iterator[Row]:
         yield from peers.rows(folder, wanted)
     yield from misses.rows(folder, asked.rounds, wanted)
     yield from scale.rows(folder, asked.rounds, wanted, asked.entries)
+    yield from shared.rows(folder, asked.rounds, wanted)
     yield from beside.rows(folder, asked.rounds, wanted)
 
 

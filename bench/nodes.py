@@ -29,8 +29,8 @@ from pathlib import Path
 
 import uvloop
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.shared import address
-from embedding_proxy.cache.shared.client import RedisClient, RedisOptions
+from embedding_proxy.cache.shared.address import RedisOptions, parse
+from embedding_proxy.cache.shared.client import RedisClient
 from embedding_proxy.cache.shared.tier import SharedTier
 
 from .client import HIT, Client
@@ -107,7 +107,7 @@ def redis(max_bytes: float = 0) -> Iterator[Redis]:
 
 async def put(running: Redis, numbers: Sequence[int], *, is_float16: bool = False) -> None:
     """Write records into a Redis, as a node does."""
-    options = RedisOptions(address.parse(running.url), limit_s=1.0)
+    options = RedisOptions(parse(running.url), limit_s=1.0)
     async with SharedTier(RedisClient(options), is_float16=is_float16) as tier:
         for start in range(0, len(numbers), LOT):
             keys = [RING.key(f"text {n}") for n in numbers[start : start + LOT]]

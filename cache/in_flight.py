@@ -111,12 +111,13 @@ class Fetch(SharedTask[Key, None]):
                 if not self.ledger.is_written:
                     await asyncio.shield(self._in_flight.write(self._tiers.flush_counts()))
             finally:
-                self._release([key.address for key in self.keys])
+                if self._leased:
+                    self._release(self._leased)
 
     async def _obtain(self, leases: Leases) -> None:
         """Buy what no other process buys; wait for the rest until it is there, or may be bought."""
         missing: Sequence[int] = range(len(self.keys))
-        await self._acquire(leases, missing)
+        self._leased.update(await leases.acquire([key.address for key in self.keys]))
         if self._leased and not self._has_fresh_lookup:
             missing = await self._take_stored(missing)
         if len(self._leased) < len(missing):
@@ -139,7 +140,8 @@ class Fetch(SharedTask[Key, None]):
                     missing = [place for place in missing if place not in mine]
                 if not missing or not await self._pause(pause, purchases):
                     break
-                await self._acquire(leases, missing)
+                addresses = [self.keys[place].address for place in missing]
+                self._leased.update(await leases.acquire(addresses))
                 # Whoever had a lease has written before it was given back.
                 missing = await self._take_stored(missing)
             await _end_of(purchases)
@@ -167,10 +169,7 @@ class Fetch(SharedTask[Key, None]):
         begun = self.context.begun
         return begun is not None and asyncio.get_running_loop().time() - begun < FRESH_S
 
-    async def _acquire(self, leases: Leases, places: Sequence[int]) -> None:
-        self._leased.update(await leases.acquire([self.keys[place].address for place in places]))
-
-    def _release(self, addresses: Iterable[bytes], *, is_written: bool = False) -> None:
+    def _release(self, addresses: Collection[bytes], *, is_written: bool = False) -> None:
         """Give back those leases that it holds."""
         mine = self._leased.intersection(addresses)
         if mine and self._in_flight.leases is not None:
@@ -189,7 +188,7 @@ class Fetch(SharedTask[Key, None]):
             found = {key: entry for key, entry in zip(keys, lookup.entries, strict=True) if entry}
             if found:
                 self.coalesced.update(found)
-                self._release(key.address for key in found)
+                self._release([key.address for key in found])
                 self._hand_out(found)
         return missing
 
@@ -221,17 +220,16 @@ class Fetch(SharedTask[Key, None]):
         context = replace(
             self.context, on_part=keep, on_charge=charge, on_begin=begin, abandoned=self.abandonment
         )
-        keys = [self.keys[place] for place in places]
+        inputs = [self._inputs[place] for place in places]
         try:
-            inputs = [self._inputs[place] for place in places]
             embedded = await self._inner.embed(self._ring.space, inputs, context)
-            self.providers = tuple(dict.fromkeys((*self.providers, *embedded.providers)))
+            self.providers += embedded.providers
             await self._keep(places, embedded)
         except EmbeddingError as error:
             if error.index is None:
                 raise
             is_down = isinstance(error, ProviderError) and len(places) > 1
-            if is_down and self._received.isdisjoint(keys):
+            if is_down and self._received.isdisjoint(self.keys[place] for place in places):
                 # A provider that is down fails with every input, with each in a call of its own if
                 # need be: none of them is to blame.
                 raise error.with_index(None) from error
@@ -239,7 +237,9 @@ class Fetch(SharedTask[Key, None]):
                 raise
             raise error.with_index(places[error.index]) from error
         finally:
-            self._release(key.address for key in keys if key not in self._received)
+            if self._leased:
+                keys = [self.keys[place] for place in places]
+                self._release([key.address for key in keys if key not in self._received])
 
     def _charge(self, bill: Bill) -> None:
         """Count a charge, and tell the leader's `on_charge`."""
@@ -267,19 +267,19 @@ class Fetch(SharedTask[Key, None]):
         await asyncio.shield(write)
 
     async def _put(self, entries: Mapping[Key, Entry]) -> None:
-        leases, partition, late = self._in_flight.leases, self._ring.partition, dict[Key, float]()
-        if leases is not None and self._leased:
-            late = {key: age for key in entries if (age := leases.lapsed_s(key.address))}
-        if self.context.terms.write and len(late) < len(entries):
-            # What was counted so far goes into the same transaction.
-            self.ledger.is_written = True
-        if late:
+        leases, partition, terms = self._in_flight.leases, self._ring.partition, self.context.terms
+        addresses = [key.address for key in entries]
+        late_s = leases.lapsed_s(addresses) if leases is not None and self._leased else 0.0
+        if late_s:
             # Another node may have bought them meanwhile.
-            age_s = max(late.values())
-            await self._tiers.put_late({key: entries[key] for key in late}, partition, age_s)
-        prompt = {key: entries[key] for key in entries if key not in late} if late else entries
-        await self._tiers.put_many(prompt, partition, self.context.terms)
-        self._release((key.address for key in entries), is_written=True)
+            await self._tiers.put_late(entries, partition, late_s)
+        else:
+            if terms.write:
+                # What was counted so far goes into the same transaction.
+                self.ledger.is_written = True
+            await self._tiers.put_many(entries, partition, terms)
+        if self._leased:
+            self._release(addresses, is_written=True)
         self._hand_out(entries)
 
     def _hand_out(self, entries: Mapping[Key, Entry]) -> None:

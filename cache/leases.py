@@ -34,10 +34,10 @@ class Leases(Protocol):
         """
         ...
 
-    def lapsed_s(self, address: bytes) -> float:
-        """Return for how long a lease that this process holds may have been another one's.
+    def lapsed_s(self, addresses: Collection[bytes]) -> float:
+        """Return for how long one of the leases held here may have been another process's.
 
-        In seconds; 0 where it cannot have been.
+        In seconds, of the one that lapsed first; 0 where none has.
         """
         ...
 

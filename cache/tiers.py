@@ -10,6 +10,7 @@ as far as it can be. Neither raises.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ _MAX_WRITTEN = 512
 _MAX_TOLD = 100
 MAX_COPIES = 8192
 """Entries of the shared tier that wait to be written to disk; further ones are not."""
+COPY_DELAY_S = 0.2
+"""So long they wait: the reply goes first, and what comes together is written together."""
 
 
 @dataclass(slots=True)
@@ -79,9 +82,11 @@ class Tiers:
         self.memory = memory
         self.shared = shared
         self._store = store
-        self._copies: dict[bytes, PendingRecord] = {}
-        """Records of the shared tier that are to be written to disk, by address."""
+        self._copies: dict[bytes, tuple[Entry, Partition, float]] = {}
+        """Entries of the shared tier that are to be written to disk, by address, with the time of
+        their purchase."""
         self._copier: asyncio.Task[None] | None = None
+        self._is_copy_due = asyncio.Event()
         store.on_purge = self._forget
         self.heed_purges = store.heed_purges
         """See `Store.heed_purges`."""
@@ -190,8 +195,7 @@ class Tiers:
                 address = lookup.keys.addresses[index]
                 self.memory.put(address, one.entry, one.stored)
                 if len(self._copies) < MAX_COPIES:
-                    raw = record.encode(one.entry)
-                    self._copies[address] = PendingRecord(raw, partition, one.stored)
+                    self._copies[address] = one.entry, partition, one.stored
         lookup.missing = missing
         if self._copies and self._copier is None:
             self._copier = asyncio.create_task(self._copy())
@@ -200,14 +204,22 @@ class Tiers:
         """Write to disk what came from the shared tier, unless it is purged before."""
         try:
             while self._copies:
-                # What comes in the same step of the loop goes together.
-                await asyncio.sleep(0)
-                self.heed_purges()
-                copies, self._copies = self._copies, {}
-                if copies:
-                    await self._store.put_older(copies)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(COPY_DELAY_S):
+                        await self._is_copy_due.wait()
+                while self._copies:
+                    await self._copy_some()
         finally:
             self._copier = None
+
+    async def _copy_some(self) -> None:
+        self.heed_purges()
+        pending = {}
+        for address in list(islice(self._copies, LOT)):
+            entry, partition, stored = self._copies.pop(address)
+            pending[address] = PendingRecord(record.encode(entry), partition, stored)
+        if pending:
+            await self._store.put_older(pending)
 
     def _forget(self) -> None:
         """Drop what another process may have purged."""
@@ -216,8 +228,10 @@ class Tiers:
 
     async def flush_copies(self) -> None:
         """Wait until what came from the shared tier is on disk, or the disk does not take it."""
+        self._is_copy_due.set()
         while self._copier is not None:
             await asyncio.wait([self._copier])
+        self._is_copy_due.clear()
 
     def lookup_nowait(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
         """Return the same of a few keys as far as nothing has to be awaited.

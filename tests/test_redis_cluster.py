@@ -8,6 +8,7 @@ from embedding_proxy.cache.shared.address import RedisOptions, parse
 from embedding_proxy.cache.shared.client import UNAVAILABLE, Command, RedisClient
 from ports import own_port
 from redis_server import RedisServer, needs_redis
+from shared_nodes import Nodes, ask, filled, is_right, tier
 
 pytestmark = needs_redis
 PATIENCE = 30.0
@@ -98,24 +99,54 @@ def sentinel(master):
         watch.close()
 
 
-async def test_a_failover_by_sentinels_is_followed():
-    """After the master is gone its replica is used, without a restart."""
-    with (
-        servers(1) as (master,),
-        servers(1, "--replicaof", "127.0.0.1", str(master.port)) as (replica,),
-    ):
+@contextlib.contextmanager
+def replicated():
+    """Start a master with a replica, and a sentinel that knows both."""
+    with contextlib.ExitStack() as stack:
+        (master,) = stack.enter_context(servers(1))
+        options = ("--replicaof", "127.0.0.1", str(master.port), "--repl-diskless-sync-delay", "0")
+        (replica,) = stack.enter_context(servers(1, *options))
         while b"master_link_status:up" not in replica.call("INFO", "replication"):
             pass
-        with sentinel(master) as watch:
-            while b"slaves=1" not in watch.call("INFO", "sentinel"):
-                pass
-            url = f"redis+sentinel://127.0.0.1:{own_port()},127.0.0.1:{watch.port}/main"
-            async with client(url) as redis:
-                assert await redis.exchange([Command(None, (b"SET", b"k", b"v"))]) == [b"OK"]
-                while b":1\r\n" not in master.call("WAIT", "1", "0"):
-                    pass
+        watch = stack.enter_context(sentinel(master))
+        while b"slaves=1" not in watch.call("INFO", "sentinel"):
+            pass
+        # The first is none: the next one is asked.
+        yield master, f"redis+sentinel://127.0.0.1:{own_port()},127.0.0.1:{watch.port}/main"
+
+
+async def test_a_failover_in_the_middle_of_a_load_fails_no_request(start_proxy, upstream, tmp_path):
+    """Every text is answered while the master is killed, and the replica serves hits after."""
+    with replicated() as (master, url):
+        nodes = Nodes(start_proxy, upstream, url, tmp_path)
+        one, other = await nodes.start("one"), await nodes.start("other")
+        await filled(one, ["first"])
+        while b":1\r\n" not in master.call("WAIT", "1", "0"):
+            pass
+        number = 0
+        is_down = is_up = False
+        while not is_up:
+            number += 1
+            if number == 20:
                 master.kill()
-                setting = Command(None, (b"SET", b"l", b"w"))
-                while await redis.exchange([setting]) != [b"OK"]:  # noqa: ASYNC110
-                    await asyncio.sleep(0.001)
-                assert await redis.get_many([b"k", b"l"]) == [b"v", b"w"]
+            texts = [f"{client} {number}" for client in range(4)]
+            answers = await asyncio.gather(*(ask(one, [text]) for text in texts))
+            assert all(is_right(a[0], [t]) for a, t in zip(answers, texts, strict=True))
+            is_down = is_down or (number >= 20 and not tier(one).is_available)
+            is_up = is_down and tier(one).is_available and tier(other).is_available
+        assert (await ask(other, ["first"]))[1] == "hit"
+        await filled(one, ["last"])
+        assert (await ask(other, ["last"]))[1] == "hit"
+
+
+async def test_proxies_share_a_cluster(start_proxy, upstream, tmp_path):
+    """What one has bought is spread over all servers, and found by the other."""
+    with cluster() as servers_of_cluster:
+        url = f"redis+cluster://127.0.0.1:{servers_of_cluster[0].port}"
+        nodes = Nodes(start_proxy, upstream, url, tmp_path)
+        one, other = await nodes.start("one"), await nodes.start("other")
+        texts = [f"text {n}" for n in range(300)]
+        await filled(one, texts)
+        vectors, found = await ask(other, texts)
+        assert (found, is_right(vectors, texts)) == ("hit", True)
+        assert all(server.keys("embedding-proxy:1:r:*") for server in servers_of_cluster)

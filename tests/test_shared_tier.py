@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.shared.value import pack, unpack
-from fault_server import vector_of
 from redis_server import needs_redis, redis_server, until
+from shared_nodes import Nodes, ask, filled, is_right, tier
 
 pytestmark = needs_redis
-MODEL = {"space": "s/m", "dimensions": 8, "price": 2.0, "routes": [
-    {"provider": "openai", "model": "m"}]}  # fmt: skip
-PATIENT = {"timeout_ms": 1000}
 
 
 @pytest.fixture
@@ -23,51 +20,10 @@ def redis():
         yield server
 
 
-class Nodes:
-    """Proxies with a folder each, in front of one upstream and one Redis."""
-
-    def __init__(self, start, upstream, redis, folder):
-        upstream.widths = {"m": 8}
-        self._start, self._upstream, self._redis, self._folder = start, upstream, redis, folder
-
-    async def start(self, name, *, shared=(), cache=(), **sections):
-        url = {"url": self._redis.url, **PATIENT, **dict(shared)}
-        folder = {"directory": str(self._folder / name), "shared": url, **dict(cache)}
-        return await self._start(
-            openai=self._upstream, models={"m": MODEL}, cache=folder, **sections
-        )
-
-
 @pytest.fixture
 def nodes(start_proxy, upstream, redis, tmp_path):
     """Give what starts proxies."""
-    return Nodes(start_proxy, upstream, redis, tmp_path)
-
-
-async def ask(proxy, texts, **headers):
-    """Return the vectors of some texts, and the value of x-cache."""
-    reply = await proxy.post({"model": "m", "input": texts}, **headers)
-    assert reply.status == 200
-    vectors = [np.array(one["embedding"], "<f4") for one in (await reply.json())["data"]]
-    return vectors, reply.headers["x-cache"]
-
-
-def is_right(vectors, texts):
-    return all(
-        np.array_equal(one, vector_of("m", text, 8))
-        for one, text in zip(vectors, texts, strict=True)
-    )
-
-
-def tier(proxy):
-    return proxy.service.storage.shared
-
-
-async def filled(proxy, texts):
-    """Have a proxy buy some texts, and wait until they are in the shared tier."""
-    vectors, _ = await ask(proxy, texts)
-    await tier(proxy).flush()
-    return vectors
+    return Nodes(start_proxy, upstream, redis.url, tmp_path)
 
 
 async def test_what_one_node_has_bought_another_serves_and_keeps(nodes, redis, upstream):

@@ -126,7 +126,7 @@ def prepare(scratch: Path) -> None:
     )
     # The names of nodes are known inside Compose alone.
     balancer = (DEPLOY / "compose" / "nodes-nginx.conf").read_text(encoding="utf-8")
-    balancer = re.sub(r"proxy-\d:", "127.0.0.1:", balancer).replace("/tmp/", f"{scratch}/")
+    balancer = re.sub(r"proxy-\d:", "127.0.0.1:", balancer).replace(" /tmp/", f" {scratch}/")
     (scratch / "nodes.conf").write_text(balancer, encoding="utf-8")
     # `verify` wants the command to be there.
     unit = (DEPLOY / "systemd" / UNIT).read_text(encoding="utf-8")

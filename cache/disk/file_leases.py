@@ -89,7 +89,7 @@ class FileLeases:
                 granted.append(address)
         return granted
 
-    def lapsed_s(self, address: bytes) -> float:  # noqa: ARG002 - as in `Leases`
+    def lapsed_s(self, addresses: Collection[bytes]) -> float:  # noqa: ARG002 - as in `Leases`
         """Return 0: no lease is another process's while this one holds it."""
         return 0.0
 
@@ -136,6 +136,7 @@ class FileLeases:
         try:
             self._set(address, fcntl.F_WRLCK)
         except OSError as error:
+            # With a name it is not the lock that was refused, but the file.
             if error.errno in _HELD and error.filename is None:
                 return False
             self._warn(error)
@@ -144,8 +145,10 @@ class FileLeases:
     def _unlock(self, address: bytes) -> None:
         # Where the file is gone, so is its lock.
         if address[8] % FILES in self._files:
-            with contextlib.suppress(OSError):
+            try:
                 self._set(address, fcntl.F_UNLCK)
+            except OSError as error:
+                self._warn(error)
 
     def _set(self, address: bytes, kind: int) -> None:
         number = address[8] % FILES

@@ -173,7 +173,9 @@ class RedisClient:
         if not self._is_cluster:
             (node,) = self._nodes.values()
             answers = await self.exchange_at(node, [c.words for c in commands], limit_s)
-            if any(isinstance(answer, Refused) and answer.code == "READONLY" for answer in answers):
+            if self.options.address.topology is Topology.SENTINEL and any(
+                isinstance(answer, Refused) and answer.code == "READONLY" for answer in answers
+            ):
                 # A master that has become a replica: the next connection looks for the new one.
                 node.reset()
             return answers

@@ -194,8 +194,7 @@ class Node:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        for waiter in self._waiters:
-            waiter.cancel()
+        self._fail_waiters("closed")
         for connection in list(self._eras):
             await self._discard(connection)
 
@@ -228,9 +227,6 @@ class Node:
             self._fail(reason, is_counted=not is_saturated)
         except (RedisError, OSError, EOFError) as error:
             self._fail(describe(error))
-        except asyncio.CancelledError:
-            if not self._is_closed:
-                raise
         else:
             self._failures = 0
             self.counters.exchanges += 1
@@ -276,12 +272,12 @@ class Node:
             if self._eras[connection] == self._era and not await connection.can_read():
                 return connection
             await self._discard(connection)
-        if len(self._eras) >= self._max_connections:
-            # Each exchange before this one has its own limit, and a connection is free after it.
-            limit.extend(_QUEUE_LIMITS * self._limit_s)
         waiter: asyncio.Future[AbstractConnection] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         self._grow()
+        if self._eras and len(self._eras) + len(self._connecting) >= self._max_connections:
+            # Each exchange before this one has its own limit, and a connection is free after it.
+            limit.extend(_QUEUE_LIMITS * self._limit_s)
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -307,8 +303,12 @@ class Node:
         if failure is None:
             self._eras[connection] = self._era
             await self._release(connection)
-        # Those who wait cannot hope for more while every connection fails.
-        while failure is not None and self._waiters:
+        else:
+            # Those who wait cannot hope for more while every connection fails.
+            self._fail_waiters(failure)
+
+    def _fail_waiters(self, failure: str) -> None:
+        while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(ConnectionError(failure))

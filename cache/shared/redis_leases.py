@@ -9,6 +9,7 @@ While Redis cannot be reached, or refuses, the lease of the machine alone decide
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from typing import Any
 from embedding_proxy.cache.leases import Leases
 
 from .client import Answer, Command, RedisClient
+from .node import Refused
+
+log = logging.getLogger("embedding_proxy.shared")
 
 KIND = "lease"
 TTL_S = 3.0
@@ -56,6 +60,7 @@ class RedisLeases:
         self._held: dict[bytes, _Held] = {}
         self._written: dict[bytes, bytes] = {}
         """Tokens of leases that are left to expire, by address, the oldest first."""
+        self._has_warned = False
         self._renewal: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -107,10 +112,11 @@ class RedisLeases:
             self._renewal = self._start(self._renew())
         return {address for address in addresses if address not in taken}
 
-    def lapsed_s(self, address: bytes) -> float:
-        """Return for how long a lease may have been another node's, in seconds; 0 = not at all."""
-        held = self._held.get(address)
-        return 0.0 if held is None else max(0.0, asyncio.get_running_loop().time() - held.lapses)
+    def lapsed_s(self, addresses: Collection[bytes]) -> float:
+        """Return for how long one of the leases held here may have been another node's."""
+        now = asyncio.get_running_loop().time()
+        lapses = (self._held[address].lapses for address in addresses if address in self._held)
+        return max(0.0, now - min(lapses, default=now))
 
     def release(self, addresses: Collection[bytes], *, is_written: bool) -> None:
         """Give leases back: soon, or after a while if their records were written."""
@@ -155,7 +161,16 @@ class RedisLeases:
         for address, token in tokens.items():
             key = self._redis.key(KIND, address)
             commands.append(Command(key, (b"EVAL", KEEP, 1, key, token, round(1000 * seconds))))
-        return await self._redis.exchange(commands, max(LIMIT_S, self._redis.options.limit_s))
+        limit_s = max(LIMIT_S, self._redis.options.limit_s)
+        answers = await self._redis.exchange(commands, limit_s)
+        refused = next((answer for answer in answers if isinstance(answer, Refused)), None)
+        if refused is not None and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "leases at %s cannot be renewed or given back, and lapse after %g s: %s",
+                *(self._redis.name, TTL_S, refused.message),
+            )
+        return answers
 
     async def _renew(self) -> None:
         """Renew what is held, again and again, until nothing is."""

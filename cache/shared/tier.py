@@ -135,6 +135,10 @@ class SharedTier:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        while self._waiting:
+            read = self._waiting.popleft()
+            if not read.answer.done():
+                read.answer.set_result([UNAVAILABLE] * len(read.keys))
         await self.redis.__aexit__(*exc)
 
     @property
@@ -204,7 +208,7 @@ class SharedTier:
             self._writer = asyncio.create_task(self._write_queue())
 
     async def flush(self) -> None:
-        """Wait until what was put so far is written or dropped."""
+        """Wait until what was put so far is written or dropped: as long as there is no answer."""
         while self._writer is not None:
             await asyncio.wait([self._writer])
 
@@ -282,29 +286,40 @@ class SharedTier:
         answer: asyncio.Future[list[_Value]] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Read(keys, answer))
         if len(self._reads) < MAX_READS:
-            task = asyncio.create_task(self._read_waiting())
-            self._reads.add(task)
-            task.add_done_callback(self._reads.discard)
+            self._reads.add(asyncio.create_task(self._read_waiting()))
         return await answer
 
     async def _read_waiting(self) -> None:
-        while self._waiting:
-            together: list[_Read] = []
-            count = 0
-            while self._waiting and (not together or count + len(self._waiting[0].keys) < MAX_READ):
-                read = self._waiting.popleft()
-                # Who has left needs none.
-                if not read.answer.done():
-                    together.append(read)
-                    count += len(read.keys)
-            if not together:
-                return
+        try:
+            while together := self._take_waiting():
+                await self._read_together(together)
+        finally:
+            # Not by a callback of the task: a read that comes before it would wait for nobody.
+            self._reads -= {asyncio.current_task()}
+
+    def _take_waiting(self) -> list[_Read]:
+        """Return reads for one exchange, without those that nobody waits for any more."""
+        together: list[_Read] = []
+        count = 0
+        while self._waiting and (not together or count + len(self._waiting[0].keys) <= MAX_READ):
+            read = self._waiting.popleft()
+            if not read.answer.done():
+                together.append(read)
+                count += len(read.keys)
+        return together
+
+    async def _read_together(self, together: Sequence[_Read]) -> None:
+        values: list[_Value] = []
+        try:
             answers = await self.redis.get_many([key for read in together for key in read.keys])
             values = [a if a is None or isinstance(a, bytes) else UNAVAILABLE for a in answers]
+        finally:
+            start = 0
             for read in together:
-                some, values = values[: len(read.keys)], values[len(read.keys) :]
+                end = start + len(read.keys)
                 if not read.answer.done():
-                    read.answer.set_result(some)
+                    read.answer.set_result(values[start:end] or [UNAVAILABLE] * len(read.keys))
+                start = end
 
     def _add(self, write: _Write) -> None:
         self._queue.append(write)

@@ -247,7 +247,8 @@ class WidthLearner:
             return self._in_flight.write(self._keep_first(space, bought, context, copies))
 
         lease = _Lease(self._in_flight.leases, learning, space)
-        width = await lease.take(partial(self._find_width, space))
+        is_shared = self._tiers.shared is not None
+        width = await lease.take(partial(self._find_width, space), looks_first=is_shared)
         if width:
             space = replace(space, dimensions=width)
             await self._note_width(space)
@@ -331,9 +332,10 @@ class _Lease:
         self._leases = None if is_private else leases
         self._is_held = False
 
-    async def take(self, find_width: Callable[[Key], Awaitable[int]]) -> int:
+    async def take(self, find_width: Callable[[Key], Awaitable[int]], *, looks_first: bool) -> int:
         """Wait for the lease, and return 0; or the width, if another process tells it before.
 
+        `looks_first`: whether another one may have told it long ago, in a tier that both share.
         Raises DeadlineExceeded when the time is up, or nobody waits any more.
         """
         deadline, loop = self._learning.context.deadline, asyncio.get_running_loop()
@@ -344,7 +346,8 @@ class _Lease:
             if await self._leases.acquire([self._key.address]):
                 self._is_held = True
                 # Whoever had it has told before it was given back.
-                width = 0 if pause == MIN_PAUSE_S else await find_width(self._key)
+                is_first = pause == MIN_PAUSE_S and not looks_first
+                width = 0 if is_first else await find_width(self._key)
             else:
                 width = await find_width(self._key)
             if width:

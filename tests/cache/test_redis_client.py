@@ -1,16 +1,22 @@
 """The client of Redis: addresses, exchanges, limits, the breaker, clusters and sentinels."""
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from embedding_proxy.cache.shared.address import RedisOptions, parse
 from embedding_proxy.cache.shared.client import UNAVAILABLE, Command, RedisClient
 from embedding_proxy.cache.shared.node import Refused
-from redis_server import needs_redis, redis_server, until
+from embedding_proxy.cache.shared.tier import SharedTier
+from pages import ROOT
+from ports import own_port
+from redis_server import RedisServer, needs_redis, redis_server, until
 
+TLS = ROOT / "tests" / "data" / "tls"
 PATIENCE = 30.0
 """A limit that no machine is too slow for."""
 
@@ -170,12 +176,21 @@ async def test_a_cancelled_exchange_closes_its_connection():
 
 @needs_redis
 async def test_a_password_is_sent_and_a_wrong_one_is_named(caplog):
-    """With the right one it works; with another it is told, and the password is not."""
+    """With the right one, and the rights that the page names, it works; a wrong one is told."""
+    page = (ROOT / "docs" / "storage.md").read_text(encoding="utf-8")
+    rights = re.search(r"`(~embedding-proxy:\* [^`]+)`", page)[1]
     with redis_server() as server:
-        server.call(*["ACL", "SETUSER", "proxy", "on", ">hunter2", "~embedding-proxy:*", "+@all"])
-        async with client(server.url, username="proxy", password="hunter2") as redis:
+        server.call("ACL", "SETUSER", "proxy", "on", ">hunter2", *rights.split())
+        url = f"{server.url}/1"
+        async with client(url, username="proxy", password="hunter2") as redis:
+            tier = SharedTier(redis)
+            assert await tier.prove_writes() == ""
+            assert await tier.eviction_policy() is None
             key = redis.key("r", b"k")
             assert await redis.exchange([setting(key, b"v")]) == [b"OK"]
+            assert await redis.get_many([key]) == [b"v"]
+            ((role, *_),) = await redis.exchange([Command(None, (b"ROLE",))])
+            assert role == b"master"
             (reply,) = await redis.exchange([setting(b"other", b"v")])
             assert isinstance(reply, Refused)
             assert reply.code == "NOPERM" or "permission" in reply.message
@@ -196,3 +211,35 @@ def test_nothing_imports_redis_without_a_shared_tier():
         [sys.executable, "-c", source], capture_output=True, check=True, text=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@needs_redis
+async def test_tls_with_a_ca_of_ones_own():
+    """With the CA it works; without, the server is not trusted, and nothing is sent to it."""
+    port = own_port()
+    server = RedisServer(
+        *("--tls-port", str(port), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", str(TLS / "server.crt"), "--tls-key-file", str(TLS / "server.key")),
+        *("--tls-ca-cert-file", str(TLS / "ca.pem")),
+    )
+    try:
+        server.start()
+        url = f"rediss://localhost:{port}"
+        async with client(url, ca_file=str(TLS / "ca.pem")) as redis:
+            assert await redis.exchange([setting(b"k", b"v")]) == [b"OK"]
+            assert await redis.get_many([b"k"] * 50) == [b"v"] * 50
+        async with client(url) as redis:
+            assert not redis.is_available
+            assert "CERTIFICATE_VERIFY_FAILED" in redis.reason
+    finally:
+        server.close()
+
+
+@needs_redis
+async def test_a_server_of_the_same_machine_may_be_asked_by_a_socket():
+    """Its path is in the URL; a system allows only short ones."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        path = f"{folder}/s"
+        with redis_server("--unixsocket", path):
+            async with client(f"unix://{path}?db=1") as redis:
+                assert await redis.exchange([setting(b"k", b"v")]) == [b"OK"]

@@ -79,7 +79,7 @@ async def test_it_lasts_for_a_while_and_is_renewed(tmp_path, monkeypatch):
             server.call("PEXPIRE", key_of(ADDRESSES[0]), "600000")
             await until(lambda: left_ms(server, ADDRESSES[0]) <= 1000 * redis_leases.TTL_S)
             assert left_ms(server, ADDRESSES[0]) > 0
-            assert not leases.lapsed_s(ADDRESSES[0])
+            assert not leases.lapsed_s(ONE)
 
 
 async def test_after_a_write_it_lasts_until_the_record_is_shared(tmp_path):
@@ -118,7 +118,7 @@ async def test_another_nodes_lease_is_left_alone(tmp_path, monkeypatch):
         async with nodes(server, tmp_path) as (leases,):
             await leases.acquire(ONE)
             server.call("SET", key_of(ADDRESSES[0]), "another node's", "PX", "600000")
-            await until(lambda: leases.lapsed_s(ADDRESSES[0]))
+            await until(lambda: leases.lapsed_s(ONE))
             leases.release(ONE, is_written=False)
         assert left_ms(server, ADDRESSES[0]) > 10_000
 
@@ -139,6 +139,19 @@ async def test_without_redis_each_machine_decides(tmp_path, fault):
                 leases.release(ADDRESSES[:4], is_written=True)
                 leases.release(ADDRESSES[4:], is_written=False)
             assert [*await neighbour.acquire(ADDRESSES)] == ADDRESSES[4:]
+
+
+async def test_a_user_that_may_run_no_script_is_told(tmp_path, caplog):
+    """Then leases lapse by themselves."""
+    with redis_server("--rename-command", "EVAL", "") as server:
+        async with nodes(server, tmp_path) as (leases,):
+            assert [*await leases.acquire(ADDRESSES)] == ADDRESSES
+            leases.release(ONE, is_written=False)
+            leases.release(ADDRESSES[1:], is_written=False)
+        assert 0 < left_ms(server, ADDRESSES[0]) <= 1000 * redis_leases.TTL_S
+    said = [one.getMessage() for one in caplog.records if "leases" in one.getMessage()]
+    assert len(said) == 1
+    assert "lapse after 3 s: ERR unknown command" in said[0]
 
 
 async def test_a_cancelled_attempt_holds_nothing(tmp_path):

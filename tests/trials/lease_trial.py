@@ -83,7 +83,9 @@ class Upstream:
         if self.victims:
             ports = {pid: _ports(pid) for pid in self.victims}
             pid = next(pid for pid, own in ports.items() if port in own)
-            self.victims, self._dead_ports = (), ports[pid]
+            # Stopped first: it may be about to make another call.
+            os.kill(pid, signal.SIGSTOP)
+            self.victims, self._dead_ports = (), _ports(pid)
             os.kill(pid, signal.SIGKILL)
         self._seen.bought.update(texts)
         await asyncio.sleep(CALL_S)
