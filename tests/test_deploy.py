@@ -151,6 +151,9 @@ def test_three_nodes_differ_by_their_disk_alone():
     command = services["valkey"]["command"][-1]
     assert "--maxmemory-policy allkeys-lru" in command
     assert '--save "" --appendonly no' in command
+    # In the place of the shell, which would keep SIGTERM to itself; the password is no argument.
+    assert command.startswith("exec valkey-server - ")
+    assert command.splitlines()[1:] == ["requirepass $$VALKEY_PASSWORD", "END"]
 
 
 def test_the_balancer_sends_nothing_twice():
