@@ -180,6 +180,14 @@ TEN_M ?= 10000000
 bench-10m: .venv/test
 	$(BIN)/python -m bench.ten_million $(TEN_M) $(if $(RECORD),--record)
 
+# What 10^6 to 10^9 texts cost on one node and on three, by a simulation of half a minute. SCALE has options, as
+# SCALE="--texts 1e8 --nodes 5"; docs/scale.md tells of them. And real nodes beside it, with a Redis: NODES likewise.
+.PHONY: scale nodes
+scale: .venv/test
+	$(BIN)/python -m bench.scale_simulation $(SCALE)
+nodes: .venv/test
+	$(BIN)/python -m bench.nodes $(NODES)
+
 # Where a hit's processor time goes, part by part; ONLY and RECORD as above.
 profile: .venv/test
 	$(BIN)/python -m bench.profile --only "$(ONLY)" $(if $(RECORD),--record)

@@ -7,5 +7,6 @@ memory after bulk replies), `peers` (in an `environment` of their own). What it 
 `bare`, the limit of the stack, and `upstream`, a provider that does as it is told. `table` and
 `chart` show a run, `record` keeps it and puts it onto `pages`. On demand: `profile` tells where a
 hit's time goes, `eviction` and `index` what these cost a hit, `ten_million` what a store of many
-small vectors does.
+small vectors does, `scale_simulation` what texts cost on several nodes, `nodes` whether real ones
+agree.
 """

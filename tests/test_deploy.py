@@ -26,13 +26,27 @@ CHART = DEPLOY / "helm" / "embedding-proxy"
 MONITORING = DEPLOY / "monitoring"
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file() and path.name != ".env")
-CONFIGURATIONS = ("docker/config.yaml", "compose/config.yaml", "systemd/config.yaml")
-KEYS = {"CLIENT_KEY": "client-key", "METRICS_KEY": "metrics-key", "QDRANT_API_KEY": "qdrant-key"}
+CONFIGURATIONS = (
+    "docker/config.yaml",
+    "compose/config.yaml",
+    "compose/nodes-config.yaml",
+    "systemd/config.yaml",
+)
+KEYS = {
+    "CLIENT_KEY": "client-key",
+    "METRICS_KEY": "metrics-key",
+    "QDRANT_API_KEY": "qdrant-key",
+    "VALKEY_PASSWORD": "valkey-password",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DOCKERFILE = (DEPLOY / "docker" / "Dockerfile").read_text(encoding="utf-8")
 UNIT = (DEPLOY / "systemd" / "embedding-proxy.service").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text(encoding="utf-8"))
+NODES = yaml.safe_load((DEPLOY / "compose" / "nodes.yaml").read_text(encoding="utf-8"))
+BALANCER = (DEPLOY / "compose" / "nodes-nginx.conf").read_text(encoding="utf-8")
+SERVICES = {**COMPOSE["services"], **NODES["services"]}
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+VALUES_OF_NODES = yaml.safe_load((CHART / "values-nodes.yaml").read_text(encoding="utf-8"))
 STATEFUL_SET = (CHART / "templates" / "statefulset.yaml").read_text(encoding="utf-8")
 RULES = yaml.safe_load((MONITORING / "alerts.yml").read_text(encoding="utf-8"))
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
@@ -50,11 +64,19 @@ def _variables(monkeypatch):
 
 def _settings(name, tmp_path):
     """Return the settings of a configuration of deploy/, as the product's own loader reads them."""
-    if name != "helm":
+    if not name.startswith("helm"):
         return load(DEPLOY / name)
+    values = VALUES if name == "helm" else _merge(VALUES, VALUES_OF_NODES)
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(VALUES["config"]))
+    file.write_text(yaml.safe_dump(values["config"]))
     return load(file)
+
+
+def _merge(below, above):
+    """Lay values over others, as helm does."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: _merge(below.get(name), value) for name, value in above.items()}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(DEPLOY).as_posix())
@@ -74,7 +96,7 @@ def test_yaml_and_json_are_read_and_nothing_is_said_that_is_not_for_all(path):
 
 def test_every_image_is_pinned():
     """By a tag that is no moving one; our own is that of the version."""
-    images = [entry["image"] for entry in COMPOSE["services"].values()]
+    images = [entry["image"] for entry in SERVICES.values()]
     images += re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     assert len(images) > 7
     assert [image for image in images if not re.search(r":v?\d+\.\d+[\w.-]*$", image)] == []
@@ -85,7 +107,7 @@ def test_every_image_is_pinned():
     assert f"embedding_proxy-{version}-py3-none-any.whl" in PAGE
 
 
-@pytest.mark.parametrize("name", [*CONFIGURATIONS, "helm"])
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, "helm", "helm of nodes"])
 def test_every_configuration_loads_and_fits_what_is_around_it(name, tmp_path):
     """The product's loader takes it: folder, port, keys of clients and of Prometheus."""
     settings = _settings(name, tmp_path)
@@ -100,9 +122,60 @@ def test_every_configuration_loads_and_fits_what_is_around_it(name, tmp_path):
     assert settings.server.host == ("0.0.0.0" if in_container else "127.0.0.1")
 
 
+@pytest.mark.parametrize("name", ["compose/nodes-config.yaml", "helm of nodes"])
+def test_nodes_share_one_tier_behind_one_address(name, tmp_path):
+    """All have the same tier, whose password stands in no file, and take all clients from one."""
+    settings = _settings(name, tmp_path)
+    shared = settings.cache.shared
+    assert (shared.url, shared.password_env) == ("redis://valkey:6379", "VALKEY_PASSWORD")
+    assert settings.server.max_connections_per_address == settings.server.max_connections
+    assert settings.server.drain_s > 0
+
+
+def test_three_nodes_differ_by_their_disk_alone():
+    """Each has a volume of its own, is one of the balancer's servers, and stops in good order."""
+    services = NODES["services"]
+    nodes = {name: one for name, one in services.items() if name.startswith("proxy-")}
+    assert len(nodes) == VALUES_OF_NODES["replicas"] == 3
+    assert re.findall(r"server (proxy-\d):8080 max_fails=1", BALANCER) == list(nodes)
+    assert services["nginx"]["depends_on"] == list(nodes)
+    for name, node in nodes.items():
+        volume, config = node["volumes"]
+        assert volume == f"{name}:/var/lib/embedding-proxy"
+        assert config.startswith("./nodes-config.yaml:")
+        assert "ports" not in node
+        same = {key: value for key, value in node.items() if key not in ("hostname", "volumes")}
+        assert same == NODES["x-proxy"]
+    assert NODES["volumes"].keys() == nodes.keys()
+    # A cache that is full drops what was used longest ago; by default it would refuse to write.
+    command = services["valkey"]["command"][-1]
+    assert "--maxmemory-policy allkeys-lru" in command
+    assert '--save "" --appendonly no' in command
+    # In the place of the shell, which would keep SIGTERM to itself; the password is no argument.
+    assert command.startswith("exec valkey-server - ")
+    assert command.splitlines()[1:] == ["requirepass $$VALKEY_PASSWORD", "END"]
+
+
+def test_the_balancer_sends_nothing_twice():
+    """It hands on what a reverse proxy does, but tries the next node where none has heard it."""
+    site = (DEPLOY / "nginx" / "embedding-proxy.conf").read_text(encoding="utf-8")
+
+    def directives(text):
+        kept = re.sub(r"^ *#.*\n", "", text, flags=re.MULTILINE)
+        return {" ".join(one.split()) for one in re.findall(r"proxy_[a-z_]+ +[^;{}]+;", kept)}
+
+    changed = {"proxy_connect_timeout 5s;", "proxy_next_upstream off;"}
+    assert changed < directives(site)
+    assert directives(site) - changed <= directives(BALANCER)
+    assert "proxy_next_upstream error;" in directives(BALANCER)
+    assert "non_idempotent;" not in BALANCER
+
+
 def test_ports_agree():
     """Who listens, who publishes, who calls, who probes."""
     services = COMPOSE["services"]
+    assert NODES["services"]["nginx"]["ports"] == ["127.0.0.1:8080:8080"]
+    assert "listen 8080;" in BALANCER
     assert services["proxy"]["ports"] == ["127.0.0.1:8080:8080"]
     scraped = yaml.safe_load((MONITORING / "prometheus.yml").read_text(encoding="utf-8"))
     (job,) = scraped["scrape_configs"]
@@ -117,7 +190,7 @@ def test_ports_agree():
     assert qdrant.url == "http://qdrant:6333"
     assert "containerPort: {{ .Values.config.server.port }}" in STATEFUL_SET
     assert all(
-        port.startswith("127.0.0.1:") for one in services.values() for port in one.get("ports", ())
+        port.startswith("127.0.0.1:") for one in SERVICES.values() for port in one.get("ports", ())
     )
 
 
@@ -126,6 +199,7 @@ def test_nothing_is_killed_before_its_time_is_up():
     waits = {
         "systemd": int(re.search(r"^TimeoutStopSec=(\d+)$", UNIT, re.MULTILINE)[1]),
         "compose": int(COMPOSE["services"]["proxy"]["stop_grace_period"].removesuffix("s")),
+        "nodes": int(NODES["x-proxy"]["stop_grace_period"].removesuffix("s")),
         "docker": int(re.search(r"--stop-timeout (\d+)", PAGE)[1]),
         "helm": VALUES["terminationGracePeriodSeconds"] - VALUES["preStopSeconds"],
     }
@@ -136,7 +210,7 @@ def test_a_reverse_proxy_is_more_patient_than_the_proxy(tmp_path):
     """Who gives up first is the proxy, which says why; and it sees bodies that are too large."""
     settings = _settings("systemd/config.yaml", tmp_path)
     longest = max(settings.server.request_timeout_s, settings.passthrough_idle_timeout_s)
-    for name in ("nginx/embedding-proxy.conf", "caddy/Caddyfile"):
+    for name in ("nginx/embedding-proxy.conf", "caddy/Caddyfile", "compose/nodes-nginx.conf"):
         text = (DEPLOY / name).read_text(encoding="utf-8")
         assert int(re.search(r"read_timeout\s+(\d+)s", text)[1]) > longest
         size = int(re.search(r"(?:client_max_body_size|max_size)\s+(\d+)", text)[1])
@@ -152,8 +226,8 @@ def test_there_is_room_for_the_cache():
 
 def test_the_container_may_do_little():
     """User, root, capabilities: alike in the image, in compose and in the chart."""
-    proxy = COMPOSE["services"]["proxy"]
-    assert (proxy["read_only"], proxy["cap_drop"]) == (True, ["ALL"])
+    for proxy in (COMPOSE["services"]["proxy"], NODES["x-proxy"]):
+        assert (proxy["read_only"], proxy["cap_drop"]) == (True, ["ALL"])
     assert "\nUSER 10001:10001\n" in DOCKERFILE
     for line in (
         "runAsUser: 10001",
@@ -166,7 +240,7 @@ def test_the_container_may_do_little():
     # Without a folder for temporary files SQLite cannot write, and all is bought again.
     assert "SQLITE_TMPDIR=/var/lib/embedding-proxy " in DOCKERFILE
     assert "VOLUME /var/lib/embedding-proxy\n" in DOCKERFILE
-    for service in COMPOSE["services"].values():
+    for service in SERVICES.values():
         assert service["cap_drop"] == ["ALL"]
         assert "no-new-privileges:true" in service["security_opt"]
 
@@ -179,7 +253,7 @@ def test_the_image_holds_what_the_package_needs():
         return set(re.findall(r"^([a-z0-9.-]+)==(\S+)", text, re.MULTILINE))
 
     extras = PROJECT["optional-dependencies"]
-    needed = [*PROJECT["dependencies"], *extras["local"], *extras["qdrant"]]
+    needed = [*PROJECT["dependencies"], *extras["local"], *extras["qdrant"], *extras["redis"]]
     names = {re.match(r"[A-Za-z0-9.-]+", one)[0].lower() for one in needed}
     assert names <= {name for name, _ in pinned("image.txt")}
     assert pinned("image.txt") <= pinned("test.txt")
@@ -250,7 +324,7 @@ def test_the_dashboard_stands_where_it_is_provisioned():
     volumes = "\n".join(COMPOSE["services"]["grafana"]["volumes"])
     provided = yaml.safe_load((MONITORING / "grafana-dashboards.yml").read_text(encoding="utf-8"))
     assert f":{provided['providers'][0]['options']['path']}/embedding-proxy.json:ro" in volumes
-    for entry in COMPOSE["services"].values():
+    for entry in SERVICES.values():
         for volume in entry.get("volumes", ()):
             if volume.startswith("."):
                 assert (DEPLOY / "compose" / volume.partition(":")[0]).exists()

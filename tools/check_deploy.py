@@ -5,6 +5,7 @@ network is asked. `tests/test_deploy.py` holds what needs no tool.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,14 @@ class Check(NamedTuple):
 
 CHECKS = (
     Check("hadolint", f"{DEPLOY}/docker/Dockerfile"),
-    Check("docker", f"compose -f {DEPLOY}/compose/compose.yaml --profile valkey config --quiet"),
-    Check("docker-compose", f"-f {DEPLOY}/compose/compose.yaml --profile valkey config --quiet"),
+    *(
+        check
+        for name in ("compose.yaml", "nodes.yaml")
+        for check in (
+            Check("docker", f"compose -f {DEPLOY}/compose/{name} config --quiet"),
+            Check("docker-compose", f"-f {DEPLOY}/compose/{name} config --quiet"),
+        )
+    ),
     Check("helm", f"lint --strict {CHART}"),
     Check("helm", f"template r {CHART} --kube-version {KUBERNETES}"),
     Check(
@@ -40,19 +47,30 @@ CHECKS = (
         f"template r {CHART} --kube-version {KUBERNETES} --set"
         " serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true",
     ),
+    Check(
+        "helm",
+        f"template r {CHART} --kube-version {KUBERNETES} --values {CHART}/values-nodes.yaml",
+    ),
     Check("promtool", f"check rules {MONITORING}/alerts.yml"),
     Check("promtool", f"test rules {MONITORING}/alerts_test.yml"),
     Check("promtool", f"check config --syntax-only {MONITORING}/prometheus.yml"),
     Check("caddy", f"validate --adapter caddyfile --config {DEPLOY}/caddy/Caddyfile"),
     Check("nginx", "-t -q -c {scratch}/nginx.conf"),
+    Check("nginx", "-t -q -c {scratch}/nodes.conf"),
     Check("systemd-analyze", f"verify {{scratch}}/{UNIT}"),
     Check(
         "systemd-analyze",
         f"security --offline=true --threshold={MAX_EXPOSURE} {{scratch}}/{UNIT}",
     ),
 )
-VARIABLES = ("CLIENT_KEY", "METRICS_KEY", "QDRANT_API_KEY", "GRAFANA_PASSWORD")
-"""Which compose.yaml asks for."""
+VARIABLES = (
+    "CLIENT_KEY",
+    "METRICS_KEY",
+    "QDRANT_API_KEY",
+    "GRAFANA_PASSWORD",
+    "VALKEY_PASSWORD",
+)
+"""Which the files for Compose ask for."""
 
 
 def main() -> int:
@@ -106,6 +124,10 @@ def prepare(scratch: Path) -> None:
         f"http {{ access_log off; {places} include {scratch}/site.conf; }}\n",
         encoding="utf-8",
     )
+    # The names of nodes are known inside Compose alone.
+    balancer = (DEPLOY / "compose" / "nodes-nginx.conf").read_text(encoding="utf-8")
+    balancer = re.sub(r"proxy-\d:", "127.0.0.1:", balancer).replace(" /tmp/", f" {scratch}/")
+    (scratch / "nodes.conf").write_text(balancer, encoding="utf-8")
     # `verify` wants the command to be there.
     unit = (DEPLOY / "systemd" / UNIT).read_text(encoding="utf-8")
     unit = unit.replace("/opt/embedding-proxy/bin/embedding-proxy", sys.executable)
