@@ -6,6 +6,8 @@ import subprocess
 
 from embedding_proxy.cache.shared.address import RedisOptions, parse
 from embedding_proxy.cache.shared.client import UNAVAILABLE, Command, RedisClient
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.diagnostics.check import check_shared
 from ports import own_port
 from redis_server import RedisServer, needs_redis
 from shared_nodes import Nodes, ask, filled, is_right, tier
@@ -66,8 +68,11 @@ async def test_a_cluster_is_asked_by_slot_and_followed_when_slots_move():
             assert await redis.get_many([key, *keys]) == [b"v", *keys]
 
 
-async def test_one_server_of_a_cluster_that_is_gone_takes_only_its_keys():
-    """The others answer; those of the missing one are unavailable, and cost no time later."""
+async def test_one_server_of_a_cluster_that_is_gone_takes_only_its_keys(tmp_path):
+    """The others answer; those of the missing one are unavailable, and cost no time later.
+
+    Who names one server of it as if it were the only one is told so.
+    """
     with cluster() as nodes:
         for node in nodes:
             node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
@@ -81,6 +86,14 @@ async def test_one_server_of_a_cluster_that_is_gone_takes_only_its_keys():
             kept = [value for value in values if value is not UNAVAILABLE]
             assert 0 < len(kept) < len(keys)
             assert all(v in (k, UNAVAILABLE) for k, v in zip(keys, values, strict=True))
+        problems = [await _problem(tmp_path, nodes[0].url) for _ in range(20)]
+        assert any("cache.shared: it is a server of a cluster: " in str(one) for one in problems)
+
+
+async def _problem(folder, url):
+    settings = Settings.model_validate({"cache": {"directory": str(folder), "shared": url}})
+    status = await check_shared(settings, offline=False)
+    return status.problem
 
 
 @contextlib.contextmanager

@@ -366,6 +366,8 @@ async def check_shared(settings: Settings, *, offline: bool) -> SharedStatus | N
         if not redis.is_available:
             return SharedStatus(redis.name, ok=False, error=redis.reason)
         failure = await tier.prove_writes()
+        if failure.startswith("MOVED "):
+            failure = f"it is a server of a cluster: write redis+cluster://… ({failure})"
         if failure:
             return SharedStatus(redis.name, ok=False, error=failure)
         mean_ms = 1000 * redis.counters.seconds / redis.counters.exchanges
