@@ -307,8 +307,10 @@ def _print_nodes(shown: dict[str, Any]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     now = time.time()
     for node in shown["nodes"]:
-        heard = "stopped" if node["is_stopped"] else f"last heard of {age(now - node['seen'])} ago"
-        _add_node(table, node["name"], "alive" if node["is_alive"] else heard, node)
+        last_sign = (
+            "stopped" if node["is_stopped"] else f"last heard of {age(now - node['seen'])} ago"
+        )
+        _add_node(table, node["name"], "alive" if node["is_alive"] else last_sign, node)
     _add_node(table, "all nodes", "", shown["all_nodes"])
     console(MAX_TABLE_WIDTH).print(table)
 

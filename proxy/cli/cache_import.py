@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from typing import Annotated, BinaryIO
 
 import typer
 from embedding_proxy.cache import record
+from embedding_proxy.cache.disk import connection
 from embedding_proxy.cache.disk.read_only import ReadableFile
-from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
+from embedding_proxy.cache.key import UNKNOWN, Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import (
@@ -29,6 +31,7 @@ from embedding_proxy.cache.maintenance.import_source import (
     SourceError,
 )
 from embedding_proxy.cache.record import Entry
+from embedding_proxy.cache.shared.purge_log import PurgeLog
 from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
 from embedding_proxy.providers import tokens, vector
 from embedding_proxy.providers.base import Context, Embedder, Vector
@@ -329,6 +332,8 @@ def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
 ) -> archive.ImportReport:
     sums = archive.ImportReport()
+    if settings.cache.shared is not None:
+        rows = _renewed(settings, rows)
     try:
         # The first item is read before a store is made for it.
         rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
@@ -347,6 +352,19 @@ def _put(
             " goes on)"
         ) from error
     return sums
+
+
+def _renewed(settings: Settings, rows: Iterator[Row]) -> Iterator[Row]:
+    """Yield rows; those of which a purge of all nodes was about have the time of now.
+
+    Else they would not be served: who imports them wants them in spite of it.
+    """
+    log = PurgeLog(connection.folder_of(settings.cache.directory))
+    log.refresh()
+    for row in rows:
+        partition = row.partition or UNKNOWN
+        is_purged = log.rules.is_purged(partition, row.address, row.stored)
+        yield row._replace(stored=time.time()) if is_purged else row
 
 
 def _tell_sums(sums: archive.ImportReport, *, dry_run: bool) -> None:

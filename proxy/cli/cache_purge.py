@@ -205,7 +205,7 @@ def _tell(
         if chosen.of_others:
             content["of_shared_partitions"] = chosen.of_others
         if nodes is not None:
-            content["nodes"] = [asdict(one) for one in nodes.results]
+            content["nodes"] = [asdict(result) for result in nodes.results]
             content["deleted_shared"] = nodes.swept
         print_json({**content, "dry_run": dry_run})
         return
@@ -225,8 +225,8 @@ def _tell(
             " those in Qdrant stay"
         )
     if nodes is not None and not dry_run:
-        for told in nodes.describe():
-            typer.echo(told)
+        for line in nodes.describe():
+            typer.echo(line)
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,20 +227,20 @@ def _all_spent(keys: Sequence[StoredKey], settings: Settings) -> list[int | None
     """
     now = time.time()
     spent = [_spent(key, settings) for key in keys]
-    asked = [
+    limited = [
         (index, (key.name, key.limit.first_day(now), here))
         for index, (key, here) in enumerate(zip(keys, spent, strict=True))
         if key.limit is not None and here is not None
     ]
-    if settings.cache.shared is None or not asked:
+    if settings.cache.shared is None or not limited:
         return spent
     from .nodes import read_others_billed  # noqa: PLC0415 - needs the extra `redis`
 
-    others = read_others_billed(settings, [client for _, client in asked])
+    others = read_others_billed(settings, [client for _, client in limited])
     if others is None:
         say("the shared Redis does not answer: what is spent is that of this node")
         return spent
-    for (index, (_, _, here)), billed in zip(asked, others, strict=True):
+    for (index, (_, _, here)), billed in zip(limited, others, strict=True):
         spent[index] = here + billed
     return spent
 

@@ -73,8 +73,8 @@ class NodePurge:
         self._log.change(lambda record: record.add([purge]))
         self.is_told = self._run(lambda client: PurgeExchange(client).add([purge]))
         if self.is_told:
-            told = replace(purge, is_told=True)
-            self._log.change(lambda record: record.add([told]))
+            confirmed = replace(purge, is_told=True)
+            self._log.change(lambda record: record.add([confirmed]))
 
     @contextmanager
     def applying(self) -> Iterator[None]:
@@ -99,17 +99,21 @@ class NodePurge:
             yield "not all could be deleted in the shared tier; what is left there is not served"
         else:
             yield f"{count(swept, 'record', 'records')} deleted in the shared tier"
-        done = [f"{one.name} ({one.deleted:,})" for one in results if one.state == "done"]
+        done = [
+            f"{result.name} ({result.deleted:,})" for result in results if result.state == "done"
+        ]
         yield f"{count(len(done), 'node has', 'nodes have')} deleted it: {join_names(done)}"
-        pending = [one.name for one in results if one.state == "pending"]
+        pending = [result.name for result in results if result.state == "pending"]
         if pending:
             verb = "has" if len(pending) == 1 else "have"
             yield f"{join_names(pending)} {verb} not said so yet"
         now = time.time()
-        for one in results:
-            if one.state == "down":
-                heard = f"last heard of {age(now - one.seen)} ago" if one.seen else "stopped"
-                yield f"{one.name} was {heard}: it deletes it when it starts"
+        for result in results:
+            if result.state == "down":
+                last_sign = (
+                    f"last heard of {age(now - result.seen)} ago" if result.seen else "stopped"
+                )
+                yield f"{result.name} was {last_sign}: it deletes it when it starts"
 
     @property
     def _node(self) -> NodeName:
@@ -141,18 +145,18 @@ class NodePurge:
             if receipts is None or nodes is None:
                 return [NodeResult(receipt.name, "done", receipt.deleted, None)]
             results = _results(receipts or [receipt], nodes.nodes)
-            if all(one.state != "pending" for one in results) or time.monotonic() >= deadline:
+            if all(result.state != "pending" for result in results) or time.monotonic() >= deadline:
                 return results
             await asyncio.sleep(POLL_S)
 
 
 def _results(receipts: Sequence[NodeReceipt], nodes: Sequence[NodeState]) -> list[NodeResult]:
-    done = {one.node: one for one in receipts}
-    results = [NodeResult(one.name, "done", one.deleted, None) for one in receipts]
+    done = {result.node: result for result in receipts}
+    results = [NodeResult(result.name, "done", result.deleted, None) for result in receipts]
     for node in nodes:
         if node.id not in done:
             state = "pending" if node.is_alive else "down"
             results.append(
                 NodeResult(node.name, state, None, None if node.is_stopped else node.seen)
             )
-    return sorted(results, key=lambda one: one.name)
+    return sorted(results, key=lambda result: result.name)

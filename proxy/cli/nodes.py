@@ -75,10 +75,10 @@ def read_nodes(settings: Settings) -> Sequence[NodeState] | None:
     with connection.opened_for_reading(cache.directory, limit, cache.pinned_namespaces) as file:
         sums = tuple(ledger_reader.read(file.sql, COLUMNS, MAX_LEDGER_KEYS))
         days = tuple(ledger_reader.read(file.sql, [By.DAY]))
-    others = [one for one in nodes.nodes if one.id != node.id]
-    known = next((one for one in nodes.nodes if one.id == node.id), None)
-    own = known or NodeState(
+    others = [other for other in nodes.nodes if other.id != node.id]
+    entry = next((other for other in nodes.nodes if other.id == node.id), None)
+    own = entry or NodeState(
         *node, nodes.now, is_alive=False, is_stopped=True, ahead_s=0.0, version=""
     )
     nodes_known = [*others, replace(own, sums=sums, days=days)]
-    return sorted(nodes_known, key=lambda one: (one.name, one.id))
+    return sorted(nodes_known, key=lambda node: (node.name, node.id))

@@ -158,3 +158,16 @@ def test_the_log_has_it_before_anything_is_deleted(purge, tmp_path, server, monk
 
 def _killed(*_):
     raise KeyboardInterrupt
+
+
+def test_an_import_brings_back_what_was_purged(purge, tmp_path, server, command):
+    """Whoever imports it wants it; it is as new as its import, so the purge is not about it."""
+    _fill(tmp_path / "here", server, "a", "b")
+    config = tmp_path / "config.yaml"
+    export = ("cache", "export", tmp_path / "kept", "--config", config)
+    assert command(*export).code == 0
+    assert purge("--all", "--wait", "0").code == 0
+    assert _texts(tmp_path / "here", server, "a", "b") == (set(), 0)
+    done = command("cache", "import", tmp_path / "kept", "--config", config)
+    assert "2 entries" in done.out
+    assert _texts(tmp_path / "here", server, "a", "b") == ({"a", "b"}, 2)
