@@ -48,8 +48,8 @@ NOUNS = {
     "tracing",
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
-TERMS = {"blocking", "in_flight"}
-"""The field's own terms: blocking calls, requests in flight."""
+TERMS = {"blocking", "in_flight", "retry_after"}
+"""The field's own terms: blocking calls, requests in flight, the header Retry-After."""
 
 SEEN_BY_CACHE = {
     "providers.base",

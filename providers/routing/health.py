@@ -25,10 +25,10 @@ from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.client_credential import MOST_KEYS, Credential
 from embedding_proxy.providers.errors import ProviderError, RateLimited
 from embedding_proxy.providers.lru_cache import LRUCache
+from embedding_proxy.providers.upstream.retry_after import PROBE_COOLDOWN_S, Cooldowns
 
 from . import policy
 from .circuit_breaker import CircuitBreaker, Permit, State, Verdict
-from .cooldown import PROBE_COOLDOWN_S, Cooldowns
 from .retry_budget import RetryBudget
 from .route import scope_of
 

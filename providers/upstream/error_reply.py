@@ -45,7 +45,7 @@ from .error_words import (
     SCOPED_QUOTA_WORDS,
     SENTENCES_OF,
 )
-from .rate_limit_headers import reset_after, retry_after, seconds_until
+from .retry_after import reset_after, retry_after, seconds_until
 
 MAX_REASON = 500
 """Characters of a reason that clients and the log get."""

@@ -18,7 +18,7 @@ from embedding_proxy.providers.base import Context, Input
 from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, Refusal
 from embedding_proxy.providers.profile import Limits
 
-from .rate_limit_headers import MAX_WAIT, allowance
+from .retry_after import MAX_WAIT, quantity, seconds_until
 
 MAX_PAUSE_S = 60.0
 """The longest pause that an upstream can ask for."""
@@ -40,6 +40,29 @@ def estimate(inputs: Sequence[Input]) -> int:
 
 def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def allowance(
+    headers: Mapping[str, str], kind: str, now: float
+) -> tuple[float, float, float] | None:
+    """Return the limit, what is left of it, and its growth in units per second; or None.
+
+    All three headers `x-ratelimit-{limit,remaining,reset}-<kind>` are needed. `reset` is the time
+    until nothing is used any more, so what is used divided by it is the rate at which the allowance
+    grows, whatever period the upstream counts by. A reset of 0 means that it is whole now. However
+    little the headers promise, an empty allowance is whole after MAX_WAIT.
+    """
+    limit, remaining = (
+        quantity(headers.get(f"x-ratelimit-{what}-{kind}", "")) for what in ("limit", "remaining")
+    )
+    reset = seconds_until(headers.get(f"x-ratelimit-reset-{kind}", ""), now)
+    if not limit or remaining is None or reset is None:
+        return None
+    remaining, reset = min(remaining, limit), min(reset, MAX_WAIT)
+    used = limit - remaining
+    if reset == 0 or used == 0:
+        return limit, limit, limit / 60
+    return limit, remaining, max(used / reset, limit / MAX_WAIT)
 
 
 class Bucket:
@@ -180,7 +203,7 @@ class RateLimiter:
             raise LocalQueueFull(self._provider, message, refusal)
 
     def learn(self, headers: Mapping[str, str]) -> None:
-        """Take over the limits in the headers of a reply; see `rate_limit_headers.allowance`.
+        """Take over the limits in the headers of a reply; see `allowance`.
 
         Whatever the headers say, and however many calls are under way, no later call waits longer
         than MAX_WAIT because of them.
