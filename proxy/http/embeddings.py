@@ -6,13 +6,16 @@ from functools import partial
 
 import orjson
 from aiohttp import web
+from embedding_proxy.providers import request_context
 from embedding_proxy.providers.base import Vector
 from embedding_proxy.providers.charge import NANO
+from embedding_proxy.providers.upstream import hops
 from embedding_proxy.proxy.http.pace import UnreadReplies
 from embedding_proxy.proxy.http.request_log import MODEL, USD
 from embedding_proxy.proxy.http.response_cache import (
     CONTEXT,
     REUSE,
+    Answer,
     CachedResponse,
     HitCache,
     Hits,
@@ -40,7 +43,7 @@ _CHUNKS_AT_A_TIME = 4
 
 
 class Embeddings:
-    """Answers embedding requests from a service."""
+    """Answers embedding requests from a service: `http.response_cache.EmbeddingHandler`."""
 
     def __init__(
         self,
@@ -69,6 +72,9 @@ class Embeddings:
         if key is not None:
             # Of this request and no other.
             asked, key.embedding_request = key.embedding_request, None
+            if key.failure is not None:
+                request[MODEL] = "" if asked is None else asked.model
+                raise key.failure
         if asked is None or asked.lookup is None:
             digest = await self._hit_cache.digest(body, caller, control, model)
         found = await self._hit_cache.get(digest)
@@ -89,11 +95,12 @@ class Embeddings:
         hits = self._hits(asked, result)
         self._hit_cache.put(digest, hits)
         if not (caller.api_key or "Content-Encoding" in request.headers):
-            request[CONTEXT] = RequestContext(caller, control, model)
+            passed, trace = hops.chain(), request_context.traceparent.get()
+            request[CONTEXT] = RequestContext(caller, control, model, passed, trace)
         return await self._send(request, hits, result.embedded.vectors)
 
     def parse_sync(self, body: bytes, context: RequestContext) -> tuple[EmbeddingRequest, bytes]:
-        """Return what a body asks for, and what of it decides the answer; see `SyncHandler`."""
+        """Return what a body asks for, and what of it decides the answer; see the protocol."""
         asked = openai_format.parse(body, self._max_inputs, context.model)
         if len(asked.inputs) > _FEW or asked.parameters or asked.index is not NO_INDEX_OPTIONS:
             return asked, b""
@@ -103,11 +110,26 @@ class Embeddings:
     def handle_sync(
         self, asked: EmbeddingRequest, context: RequestContext
     ) -> CachedResponse | None:
-        """Answer one request if nothing has to be waited for; see `SyncHandler`."""
+        """Answer one request if nothing has to be waited for; see the protocol."""
         result = self._service.embed_from_cache(asked, context.caller, context.control)
         if result is None:
             return None
-        hits, vectors = self._hits(asked, result), result.embedded.vectors
+        return self._whole(self._hits(asked, result), result.embedded.vectors, context)
+
+    async def handle(
+        self, asked: EmbeddingRequest, context: RequestContext, is_connected: Callable[[], bool]
+    ) -> Answer:
+        """Answer one request of few inputs; see the protocol."""
+        caller = context.caller._replace(is_connected=is_connected)
+        result = await self._service.answer(asked, caller, context.control)
+        hits = self._hits(asked, result)
+        response = self._whole(hits, result.embedded.vectors, context)
+        usd = result.usage.nanodollars_billed / NANO
+        return Answer(response, asked.model, hits.headers, usd)
+
+    def _whole(
+        self, hits: Hits, vectors: Sequence[Vector], context: RequestContext
+    ) -> CachedResponse:
         body = openai_format.render_whole(vectors, hits.form, self._json_cache.json)
         own = header_lines((*hits.headers.items(), ("Content-Length", str(len(body)))))
         return CachedResponse(context.lines + own, body, _reuse(hits, vectors), len(vectors))
@@ -176,10 +198,7 @@ class Embeddings:
 
 
 def _is_connected(request: web.Request) -> bool:
-    """Tell whether the client is there, and has not closed its direction of the connection."""
-    if request[CONNECTION].has_left:
-        return False
-    return request.transport is not None and not request.transport.is_closing()
+    return request.transport is not None and request[CONNECTION].is_listening
 
 
 def _reuse(hits: Hits, vectors: Sequence[Vector]) -> Callable[[], bool] | None:

@@ -192,6 +192,8 @@ class Phase(enum.Enum):
     """No request is in progress."""
     BODY = enum.auto()
     """One is: its head was handed on."""
+    ANSWER = enum.auto()
+    """One is: the server answers it without aiohttp."""
     THROUGH = enum.auto()
     """All that comes is handed on as it comes."""
     OVER = enum.auto()
