@@ -87,7 +87,7 @@ async def test_a_call_carries_on_what_the_head_says(upstream, start_proxy, read_
 
 
 async def test_a_failure_reads_as_ever(upstream, start_proxy, read_by_aiohttp, caplog):
-    """aiohttp takes the request up: one error, one count, one id, and no call beyond the first."""
+    """The handler of aiohttp tells it: one error, one count, one id, and no call beyond the first."""
     caplog.set_level(logging.INFO)
     proxy = await start_proxy(upstream)
     refusal = status(400, {"error": {"message": "no", "code": "bad", "type": "x", "param": None}})
@@ -183,13 +183,13 @@ async def test_what_a_client_that_has_left_was_bought_is_kept(upstream, start_pr
 
 async def test_a_proxy_that_stops_answers_it_first(upstream, start_proxy, monkeypatch):
     """The reply says that the connection is closed behind it."""
+    monkeypatch.setattr(Runner, "cleanup", _patient(Runner.cleanup))
     proxy = await start_proxy(upstream)
     async with Talk(proxy.url, post("zero")) as talk:
         await talk.response()
         event = await _hold(upstream)
         await talk.send(post("one"))
         await _until_called(upstream, 2)
-        monkeypatch.setattr(Runner, "cleanup", _patient(Runner.cleanup))
         stopping = asyncio.create_task(start_proxy.stop())
         for _ in range(5):
             await asyncio.sleep(0)
