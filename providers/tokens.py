@@ -102,6 +102,15 @@ async def count_inputs(
     return await asyncio.to_thread(count, inputs, encoding, known)
 
 
+def count_short_texts(
+    inputs: Sequence[Input], encoding: str | None, counts: dict[str, int]
+) -> None:
+    """Add the tokens of texts to `counts`, if the encoding is known and it does not take long."""
+    texts = [item for item in inputs if isinstance(item, str)] if encoding is not None else []
+    if encoding is not None and sum(map(len, texts)) <= _COUNT_INLINE:
+        counts.update(zip(texts, count(texts, encoding, counts), strict=True))
+
+
 async def count_charged(
     inputs: Sequence[Input], total: int | None, encoding: str | None, known: Mapping[str, int]
 ) -> tuple[list[int], bool]:
@@ -183,6 +192,8 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
     >>> share(7, [1, 1, 5]), share(8, [1, 1, 5]), share(3, [0, 0])
     ([1, 1, 5], [1, 1, 6], [2, 1])
     """
+    if len(sizes) == 1:
+        return [total]
     if not any(sizes):
         sizes = [1] * len(sizes)
     whole = sum(sizes) or 1

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from embedding_proxy.providers.base import Input, Space
+from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import (
     ClientKeyRefused,
@@ -75,9 +75,11 @@ class Router:
         self.sleep = sleep
 
     def usable(
-        self, space: Space, inputs: Sequence[Input], credential: Credential | None
+        self, space: Space, credential: Credential | None, *, is_text: bool
     ) -> Sequence[Route]:
         """Return the routes that take such inputs, and are paid with a key that is there.
+
+        `is_text`: whether all inputs are texts.
 
         Raises NoRoute, ClientKeyRefused or InvalidRequest.
         """
@@ -94,7 +96,7 @@ class Router:
             objection = objection or problem
         if objection is not None and not routes:
             raise objection
-        if all(type(item) is str for item in inputs):
+        if is_text:
             return routes
         routes = [route for route in routes if route.provider.accepts_tokens]
         if not routes:
@@ -118,7 +120,7 @@ class View:
     def __init__(
         self,
         router: Router,
-        routes: Sequence[Route],
+        routes: tuple[Route, ...],
         space: Space,
         credential: Credential | None,
     ) -> None:

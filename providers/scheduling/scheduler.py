@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, RateLimited, Refusal
+from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.health import Slots
 from embedding_proxy.providers.routing.route import Route
@@ -27,6 +29,8 @@ from .batch_limits import input_bytes
 from .pending import Bisection, FailedAttempt, PendingInput, PendingRequest, QueueKey
 from .search import fail_inputs, give_up
 
+MAX_VIEWS = 1000
+"""Spaces whose routes are remembered."""
 MAX_WINDOW_INPUTS = 64
 """Inputs; a larger request does not wait for others to come."""
 MIN_WINDOW_BATCH = 256
@@ -49,6 +53,7 @@ class Scheduler:
         self.router = router
         self.window_s = window_s
         self._queues: dict[QueueKey, _Queue] = {}
+        self._views = LRUCache[tuple[Space, bool], View](MAX_VIEWS)
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the answer to a request, whichever calls it took, in the order of its inputs.
@@ -58,9 +63,8 @@ class Scheduler:
         place among the inputs. When the deadline passes, or the caller goes, what is queued is
         dropped, and what is on the wire is finished.
         """
-        routes = tuple(self.router.usable(space, inputs, context.credential))
-        key = QueueKey(space, context.user, context.credential, context.neutral, routes)
-        view = View(self.router, routes, space, context.credential)
+        view = self._view(space, inputs, context.credential)
+        key = QueueKey(space, context.user, context.credential, context.neutral, view.routes)
         limits = view.first().limits
         sizes, are_exact = await batch_size.sizes(space, inputs, limits.tokens, context)
         counts: Sequence[int | None] = sizes
@@ -70,6 +74,20 @@ class Scheduler:
         waits = self.window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
         self.queue(key, view).add(request.inputs, waits)
         return await request.result()
+
+    def _view(self, space: Space, inputs: Sequence[Input], credential: Credential | None) -> View:
+        """Return the routes that take such inputs; those of a client's own key are not kept.
+
+        Raises NoRoute, ClientKeyRefused or InvalidRequest.
+        """
+        is_text = all(type(item) is str for item in inputs)
+        view = self._views.get((space, is_text)) if credential is None else None
+        if view is None:
+            routes = tuple(self.router.usable(space, credential, is_text=is_text))
+            view = View(self.router, routes, space, credential)
+            if credential is None:
+                self._views[space, is_text] = view
+        return view
 
     def queue(self, key: QueueKey, view: View | None = None) -> "_Queue":
         """Return the queue for inputs of a kind."""

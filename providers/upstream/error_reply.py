@@ -67,6 +67,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_MARKS = tuple(mark for mark, _ in _BOMS)
 _HTML = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 _TITLE = re.compile(r"<(title|h1)\b[^>]{0,200}>([^<]*)<", re.IGNORECASE)
 _MAX_TEXT = 300
@@ -161,13 +162,13 @@ def parse_json(body: bytes) -> object:
 
     Raises ValueError for a body that is not JSON.
     """
-    for mark, encoding in _BOMS:
-        if body.startswith(mark):
-            body = body[len(mark) :].decode(encoding).encode()
-            break
-    with contextlib.suppress(orjson.JSONDecodeError):
+    if body.startswith(_MARKS):
+        mark, encoding = next(bom for bom in _BOMS if body.startswith(bom[0]))
+        body = body[len(mark) :].decode(encoding).encode()
+    try:
         return orjson.loads(body)
-    return orjson.loads(_NOT_FINITE.sub(b"null", body))
+    except orjson.JSONDecodeError:
+        return orjson.loads(_NOT_FINITE.sub(b"null", body))
 
 
 def refusal(  # noqa: PLR0913 - the reply, and who gave it

@@ -134,6 +134,10 @@ class RateLimiter:
         """
         if not self.is_free:
             await self._wait({"requests": 1, "tokens": tokens}, deadline)
+        self.hold(tokens)
+
+    def hold(self, tokens: int) -> None:
+        """Count a call of so many tokens as under way."""
         self._in_flight["requests"] += 1
         self._in_flight["tokens"] += tokens
 
@@ -319,7 +323,11 @@ class _Slot:
         try:
             if is_free and queue.connections is None:
                 # There is nothing to wait for, so no timeout is needed.
-                await self._enter(until)
+                learned.hold(self._tokens)
+                declared.hold(self._tokens)
+                self._held += (learned, declared)
+                await queue.slots.acquire()
+                self._held.append(queue.slots)
             else:
                 async with asyncio.timeout_at(until):
                     await self._enter(until)

@@ -87,7 +87,7 @@ async def test_a_call_carries_on_what_the_head_says(upstream, start_proxy, read_
 
 
 async def test_a_failure_reads_as_ever(upstream, start_proxy, read_by_aiohttp, caplog):
-    """The handler of aiohttp tells it: one error, one count, one id, and no call beyond the first."""
+    """Its handler tells it: one error, one count, one id, and no call beyond the first."""
     caplog.set_level(logging.INFO)
     proxy = await start_proxy(upstream)
     refusal = status(400, {"error": {"message": "no", "code": "bad", "type": "x", "param": None}})
