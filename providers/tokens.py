@@ -88,6 +88,8 @@ def count(
             counts.append(len(item))
         elif (number := known.get(item)) is not None:
             counts.append(number)
+        elif len(item) <= PIECE:
+            counts.append(len(encode(item)))
         else:
             counts.append(sum(len(encode(piece)) for piece in pieces(item)))
     return counts

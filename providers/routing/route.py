@@ -62,9 +62,9 @@ def scope_of(key: str) -> str:
     return key.scope if isinstance(key, LimitKey) else key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """A provider and the name by which it knows the model."""
+    """A provider and the name by which it knows the model. Two are never equal."""
 
     provider: Provider
     model: str

@@ -35,11 +35,15 @@ def estimate(inputs: Sequence[Input]) -> int:
     >>> estimate(["eight letters", (1, 2, 3)])
     7
     """
-    return sum(_bytes(item) // 4 + 1 if isinstance(item, str) else len(item) for item in inputs)
-
-
-def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+    total = 0
+    for item in inputs:
+        if not isinstance(item, str):
+            total += len(item)
+        elif item.isascii():
+            total += len(item) // 4 + 1
+        else:
+            total += len(item.encode(errors="surrogatepass")) // 4 + 1
+    return total
 
 
 def allowance(
@@ -212,16 +216,17 @@ class RateLimiter:
         Whatever the headers say, and however many calls are under way, no later call waits longer
         than MAX_WAIT because of them.
         """
-        now, wall = self._clock(), self._wall_clock()
         for kind in ("requests", "tokens"):
-            learned = allowance(headers, kind, wall)
+            if f"x-ratelimit-limit-{kind}" not in headers:
+                continue
+            learned = allowance(headers, kind, self._wall_clock())
             if learned is None:
                 continue
             limit, remaining, per_s = learned
             # The calls under way may not be counted in what remains.
             level = remaining - self._in_flight[kind]
             per_s = max(per_s, (limit - level) / MAX_WAIT)
-            self._buckets[kind] = Bucket(limit, level, per_s, now)
+            self._buckets[kind] = Bucket(limit, level, per_s, self._clock())
 
     def pause(self, seconds: float) -> None:
         """Let no call through for so long: the upstream asked for it when it refused a call.

@@ -164,6 +164,8 @@ class EmbeddingPipeline:
             await check_in_steps(space, width, embedded.vectors)
             return make_result(model, one, space, width, inputs, embedded, namespace)
 
+        if not model.fallbacks:
+            return await ask(model, deadline)
         models = [model, *fallback_models(model, self._registry.models, width)]
         return await embed_with_fallback(ask, models, deadline)
 
