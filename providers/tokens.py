@@ -114,7 +114,7 @@ def count_short_texts(
 
 
 async def count_charged(
-    inputs: Sequence[Input], total: int | None, encoding: str | None, known: Mapping[str, int]
+    inputs: Sequence[Input], total: int | None, encoding: str | None, counts: Mapping[str, int]
 ) -> tuple[list[int], bool]:
     """Return the tokens of each input of a call, and whether they are exact.
 
@@ -123,7 +123,7 @@ async def count_charged(
     """
     if encoding is None and total is not None:
         return apportion(total, inputs), False
-    return await count_inputs(inputs, encoding or CL100K, known), encoding is not None
+    return await count_inputs(inputs, encoding or CL100K, counts), encoding is not None
 
 
 def cut(item: Input, max_tokens: int, encoding: str = CL100K) -> Input:

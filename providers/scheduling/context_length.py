@@ -17,10 +17,10 @@ class ContextLengthCheck:
     Only where the tokenizer of the space is known: elsewhere nobody but the upstream can count.
     """
 
-    def __init__(self, inner: Embedder, most: int | None) -> None:
-        """`most` tokens may be in an input; None = any number."""
+    def __init__(self, inner: Embedder, max_tokens: int | None) -> None:
+        """`max_tokens` may be in an input; None = any number."""
         self._inner = inner
-        self._most = most
+        self._most = max_tokens
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the answer of the wrapped embedder.
@@ -35,17 +35,17 @@ class ContextLengthCheck:
                 for place, number in zip(long, counts, strict=True):
                     if number > self._most:
                         raise context_length_exceeded(number, self._most, place)
-                known = zip(suspects, counts, strict=True)
-                texts = {item: number for item, number in known if isinstance(item, str)}
+                pairs = zip(suspects, counts, strict=True)
+                texts = {item: number for item, number in pairs if isinstance(item, str)}
                 context = replace(context, counts={**context.counts, **texts})
         return await self._inner.embed(space, inputs, context)
 
 
-def context_length_exceeded(number: int, most: int, index: int) -> InvalidRequest:
+def context_length_exceeded(number: int, max_tokens: int, index: int) -> InvalidRequest:
     """Return OpenAI's refusal of an input of so many tokens."""
     return InvalidRequest(
-        f"This model's maximum context length is {most} tokens, however you requested {number}"
-        f" tokens ({number} in your prompt; 0 for the completion). Please reduce your prompt; or"
-        " completion length.",
+        f"This model's maximum context length is {max_tokens} tokens, however you requested"
+        f" {number} tokens ({number} in your prompt; 0 for the completion). Please reduce your"
+        " prompt; or completion length.",
         index=index,
     )

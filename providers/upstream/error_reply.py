@@ -338,7 +338,7 @@ def _parse(body: bytes, status: int, redact: Redact) -> _ErrorBody:
         kind=_name(_innermost(objects, "type"), redact),
         code=_name(code, redact),
         param=_name(_innermost(objects, "param"), redact),
-        codes=tuple(dict.fromkeys(found for content in objects for found in _codes(content))),
+        codes=tuple(dict.fromkeys(match for content in objects for match in _codes(content))),
         retry_delay=next((delay for delay in delays if isinstance(delay, str)), None),
         is_moderated=any(_is_moderated(content.get("metadata")) for content in objects),
         is_of_inner_provider=any(_names_provider(content.get("metadata")) for content in objects),
@@ -397,12 +397,12 @@ def _reason(value: object, depth: int = 0) -> str | None:
     if isinstance(value, str):
         return _unwrapped(value, depth)
     if isinstance(value, list):
-        reasons = [_reason(one, depth + 1) for one in value[:_MAX_PARTS]]
-        return "; ".join(one for one in reasons if one) or None
+        reasons = [_reason(text, depth + 1) for text in value[:_MAX_PARTS]]
+        return "; ".join(text for text in reasons if text) or None
     if not isinstance(value, dict):
         return None
     found_first = (_reason(value.get(name), depth + 1) for name in _REASONS)
-    reason = next((one for one in found_first if one), None)
+    reason = next((text for text in found_first if text), None)
     location = value.get("loc")
     if reason is not None and isinstance(location, list) and location:
         reason = f"{'.'.join(str(part)[:_MAX_CODE] for part in location[:10])}: {reason}"

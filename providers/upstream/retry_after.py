@@ -215,9 +215,9 @@ class Cooldowns:
         until = self._until.peek(key) if self._until else None
         return 0.0 if until is None else max(until - self._clock(), 0.0)
 
-    def left(self) -> dict[str, float]:
+    def waits(self) -> dict[str, float]:
         """Return the seconds that are left, by key, of those that have some."""
-        return {key: round(left, 3) for key in self._until if (left := self.rest(key))}
+        return {key: round(seconds, 3) for key in self._until if (seconds := self.rest(key))}
 
     def is_limited(self, key: str) -> bool:
         """Tell whether the last call met a rate limit."""

@@ -76,8 +76,8 @@ class Transport:
         self._provider = provider
         self._base_url = base_url.rstrip("/")
         self._base = BaseUrl(base_url)
-        own = {"Accept-Encoding": ACCEPT_ENCODING, "Content-Type": "application/json"}
-        self._headers = {**headers, **own}
+        fixed = {"Accept-Encoding": ACCEPT_ENCODING, "Content-Type": "application/json"}
+        self._headers = {**headers, **fixed}
         self._timeouts = timeouts
         self._connections = connections
         self._network = network
@@ -145,8 +145,8 @@ class Transport:
         LoopDetected for a 508.
         """
         now = asyncio.get_running_loop().time()
-        left = None if context.deadline is None else context.deadline - now
-        if left is not None and left <= 0:
+        time_left = None if context.deadline is None else context.deadline - now
+        if time_left is not None and time_left <= 0:
             raise DeadlineExceeded("the time of the request was up before it could be sent")
         session = self._session
         if session is None:
@@ -154,8 +154,8 @@ class Transport:
         total = self._timeouts.total_s
         longest = total * (1 + EXTRA_SHARE)
         timeout = self._connect_timeout
-        if left is not None and not context.finishes_calls:
-            total, longest = min(total, left), min(longest, left)
+        if time_left is not None and not context.finishes_calls:
+            total, longest = min(total, time_left), min(longest, time_left)
             connect = min(self._timeouts.connect_s, total)
             timeout = aiohttp.ClientTimeout(total=None, connect=connect)
         first_byte = min(self._timeouts.first_byte_s or total, total)
@@ -182,7 +182,7 @@ class Transport:
             return Reply(response.status, response.headers, body)
         except (TimeoutError, aiohttp.ClientError, ssl.SSLError, OSError) as error:
             failure = error
-            raise self._error(error, now, None if context.finishes_calls else left) from error
+            raise self._error(error, now, None if context.finishes_calls else time_left) from error
         except Unreachable as error:
             failure = error
             raise
@@ -191,11 +191,11 @@ class Transport:
             attempt.end()
             await self._return(session, failure)
 
-    def _error(self, error: BaseException, since: float, left: float | None) -> EmbeddingError:
+    def _error(self, error: BaseException, since: float, time_left: float | None) -> EmbeddingError:
         """Return what a call fails with that had so many seconds left, None = any number."""
         if isinstance(error, TimeoutError):
             taken = asyncio.get_running_loop().time() - since
-            if left is not None and taken >= left:
+            if time_left is not None and taken >= time_left:
                 return DeadlineExceeded("the time of the request was up")
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 address = self._network.address_of(self._base_url)

@@ -24,7 +24,7 @@ from .connection_limits import ConnectionLimits
 from .errors import INTERNAL, Failure, new_request_id
 from .pace import UnreadReplies
 from .request_log import BEGIN, REQUEST_ID, RequestLog, has_own_id
-from .request_metrics import EMBEDDINGS, RequestMetrics
+from .request_metrics import CLIENT_GONE, EMBEDDINGS, RequestMetrics
 from .response_cache import CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
@@ -318,13 +318,18 @@ class Runner:
             key.failure = error
         finally:
             requests.in_flight -= 1
+        transport = connection.transport
+        is_lost = transport is None or transport.is_closing()
         connection.end_answer(response, key.request_id)
-        if response is None:
-            return
         seconds = perf_counter() - key.start
+        if response is None:
+            if is_lost:
+                reason = type(key.failure).__name__
+                log.info("request %s failed when its client had left: %s", key.request_id, reason)
+                requests.observe(EMBEDDINGS, CLIENT_GONE, seconds)
+            return
         requests.observe(EMBEDDINGS, 200, seconds)
-        context = self.responses.heads.get(key.head)
-        client = "" if context is None else context.caller.client
+        client = "" if key.context is None else key.context.caller.client
         lines.write_answer(key.request_id, client, answer, seconds)
 
     def _make_request(

@@ -104,6 +104,8 @@ class RequestKey:
     """Digest of that and the body; empty if there is no room for any response."""
     embedding_request: EmbeddingRequest | None = None
     """What its body asks for, as far as that was found out."""
+    context: RequestContext | None = None
+    """What its head says, if that is known."""
     start: float = 0.0
     """When its answer began, on the clock of `perf_counter`; 0 = by aiohttp."""
     request_id: str = ""
@@ -208,7 +210,7 @@ class ResponseCache:
             return None
         try:
             request, essence = self.handler.parse_sync(body, context)
-            key.embedding_request = request
+            key.embedding_request, key.context = request, context
             handle = partial(self.handler.handle_sync, request, context)
             return self._answer(key, essence, handle) if essence else None
         except EmbeddingError:
@@ -216,7 +218,7 @@ class ResponseCache:
 
     async def answer(self, key: RequestKey, is_connected: Callable[[], bool]) -> Answer:
         """Return the answer to a parsed request that `get` gave none to. Raises EmbeddingError."""
-        request, context = key.embedding_request, self.heads.get(key.head)
+        request, context = key.embedding_request, key.context
         if request is None or context is None or self.handler is None:
             raise RuntimeError("a request whose head is not known has to be read by aiohttp")
         request_context.request_id.set(key.request_id)

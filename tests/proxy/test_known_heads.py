@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from conftest import IS_FAST
 from embedding_proxy.providers.upstream import hops
-from embedding_proxy.proxy.http.app_runner import REQUESTS, Runner
+from embedding_proxy.proxy.http.app_runner import LIMITS, REQUESTS, Runner
 from fault_server import FaultServer, hang, status
 from talk import Talk
 
@@ -179,6 +179,33 @@ async def test_what_a_client_that_has_left_was_bought_is_kept(upstream, start_pr
     async with Talk(proxy.url, post("one")) as talk:
         assert (await talk.response())[1]["x-cache"] == "hit"
     assert len(upstream.calls) == 2
+
+
+async def test_a_failure_that_nobody_is_told_is_counted(upstream, start_proxy, caplog):
+    """Its client has left: the count and a line in the log tell of it."""
+    caplog.set_level(logging.INFO)
+    proxy = await start_proxy(upstream)
+    async with Talk(proxy.url, post("zero")) as talk:
+        await talk.response()
+        event = asyncio.Event()
+
+        async def act(request: web.Request, payload: dict) -> web.StreamResponse:
+            await event.wait()
+            return await status(400)(request, payload)
+
+        upstream.script.append(act)
+        await talk.send(post("one"))
+        await _until_called(upstream, 2)
+        talk.reset()
+        async with asyncio.timeout(30):
+            while len(proxy.app[LIMITS]):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+        event.set()
+        async with asyncio.timeout(30):
+            while proxy.app[REQUESTS].in_flight:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+    assert proxy.app[REQUESTS].counts == {("embeddings", 200): 1, ("embeddings", 499): 1}
+    assert any("failed when its client had left" in line for line in caplog.messages)
 
 
 async def test_a_proxy_that_stops_answers_it_first(upstream, start_proxy, monkeypatch):
