@@ -26,6 +26,7 @@ from embedding_proxy.providers.routing.router import Router, View
 from . import batch_size
 from .batch import Batch
 from .batch_limits import input_bytes
+from .context_length import check_context_length
 from .pending import Bisection, FailedAttempt, PendingInput, PendingRequest, QueueKey
 from .search import fail_inputs, give_up
 
@@ -46,12 +47,14 @@ MIN_COOLDOWN_WAIT_S = 0.1
 class Scheduler:
     """An Embedder over the routes of a model: what requests want becomes batches.
 
-    With `window_s`, small requests wait for so many seconds for others to share a call with.
+    With `window_s`, small requests wait for so many seconds for others to share a call with. An
+    input of more than `max_tokens` is refused; None = nothing is known of it.
     """
 
-    def __init__(self, router: Router, window_s: float = 0) -> None:
+    def __init__(self, router: Router, window_s: float = 0, max_tokens: int | None = None) -> None:
         self.router = router
         self.window_s = window_s
+        self._max_tokens = max_tokens
         self._queues: dict[QueueKey, _Queue] = {}
         self._views = LRUCache[tuple[Space, bool], View](MAX_VIEWS)
 
@@ -63,6 +66,8 @@ class Scheduler:
         place among the inputs. When the deadline passes, or the caller goes, what is queued is
         dropped, and what is on the wire is finished.
         """
+        if self._max_tokens is not None:
+            context = await check_context_length(space, inputs, self._max_tokens, context)
         view = self._view(space, inputs, context.credential)
         key = QueueKey(space, context.user, context.credential, context.neutral, view.routes)
         limits = view.first().limits
