@@ -11,7 +11,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from time import perf_counter
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
@@ -302,18 +302,24 @@ class Runner:
     def answer(self, connection: Connection, key: RequestKey, start: float) -> None:
         """Answer a request whose head is known, without aiohttp; see `connection.Server`."""
         key.start, key.request_id = start, new_request_id()
-        task = asyncio.get_running_loop().create_task(self._answer_known(connection, key))
+        # From this moment on it is a request of this application, which may be replaced.
+        requests = ExitStack()
+        requests.enter_context(self._generation.request())
+        work = self._answer_known(connection, key, self.responses)
+        task = asyncio.get_running_loop().create_task(work)
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
+        task.add_done_callback(lambda _: requests.close())
 
-    async def _answer_known(self, connection: Connection, key: RequestKey) -> None:
+    async def _answer_known(
+        self, connection: Connection, key: RequestKey, responses: ResponseCache
+    ) -> None:
         """Answer a parsed request; if that fails, its handler raises the failure."""
         requests, lines, response = self.requests, self.lines, None
         requests.in_flight += 1
         try:
-            with self._generation.request():
-                answer = await self.responses.answer(key, lambda: connection.is_listening)
-                response = answer.response
+            answer = await responses.answer(key, lambda: connection.is_listening)
+            response = answer.response
         except Exception as error:  # noqa: BLE001 - the handler raises it
             key.failure = error
         finally:

@@ -71,10 +71,12 @@ class Embeddings:
         embedding_request = None
         if key is not None:
             # Of this request and no other.
-            embedding_request, key.embedding_request = key.embedding_request, None
+            parsed, key.embedding_request = key.embedding_request, None
             if key.failure is not None:
-                request[MODEL] = "" if embedding_request is None else embedding_request.model
+                request[MODEL] = "" if parsed is None else parsed.model
                 raise key.failure
+            if key.handler is self:
+                embedding_request = parsed
         if embedding_request is None or embedding_request.lookup is None:
             digest = await self._hit_cache.digest(body, caller, control, model)
         cached = await self._hit_cache.get(digest)

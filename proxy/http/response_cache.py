@@ -104,6 +104,8 @@ class RequestKey:
     """Digest of that and the body; empty if there is no room for any response."""
     embedding_request: EmbeddingRequest | None = None
     """What its body asks for, as far as that was found out."""
+    handler: "EmbeddingHandler | None" = None
+    """What has found that out: another one may look elsewhere."""
     context: RequestContext | None = None
     """What its head says, if that is known."""
     start: float = 0.0
@@ -210,7 +212,7 @@ class ResponseCache:
             return None
         try:
             request, essence = self.handler.parse_sync(body, context)
-            key.embedding_request, key.context = request, context
+            key.embedding_request, key.context, key.handler = request, context, self.handler
             handle = partial(self.handler.handle_sync, request, context)
             return self._answer(key, essence, handle) if essence else None
         except EmbeddingError:
@@ -218,13 +220,13 @@ class ResponseCache:
 
     async def answer(self, key: RequestKey, is_connected: Callable[[], bool]) -> Answer:
         """Return the answer to a parsed request that `get` gave none to. Raises EmbeddingError."""
-        request, context = key.embedding_request, key.context
-        if request is None or context is None or self.handler is None:
+        request, context, handler = key.embedding_request, key.context, key.handler
+        if request is None or context is None or handler is None:
             raise RuntimeError("a request whose head is not known has to be read by aiohttp")
         request_context.request_id.set(key.request_id)
         request_context.traceparent.set(context.traceparent)
         hops.enter(context.hops)
-        answer = await self.handler.handle(request, context, is_connected)
+        answer = await handler.handle(request, context, is_connected)
         if key.whole:
             self.put(key.whole, answer.response)
         return answer

@@ -8,7 +8,9 @@ import pytest
 from aiohttp import web
 from conftest import IS_FAST
 from embedding_proxy.providers.upstream import hops
-from embedding_proxy.proxy.http.app_runner import LIMITS, REQUESTS, Runner
+from embedding_proxy.proxy.http.app_runner import LIMITS, REQUESTS, RESPONSES, Runner
+from embedding_proxy.proxy.http.embeddings import Embeddings
+from embedding_proxy.proxy.http.response_cache import ResponseCache
 from fault_server import FaultServer, hang, status
 from talk import Talk
 
@@ -122,6 +124,37 @@ async def test_a_defect_is_a_500(upstream, start_proxy, monkeypatch):
             assert (await talk.response())[0] == 500
         await talk.send(post("well again"))
         assert (await talk.response())[0] == 200
+
+
+async def test_it_is_a_request_of_the_application_that_has_looked(
+    upstream, start_proxy, monkeypatch
+):
+    """An application that takes its place in that moment does not answer it, nor end the former."""
+    proxy = await start_proxy(upstream)
+    counts, handlers = [], []
+    answer, handle = Runner.answer, Embeddings.handle
+
+    def noted(runner, connection, key, start):
+        former = runner._generation
+        before = former.requests
+        answer(runner, connection, key, start)
+        counts.append(former.requests - before)
+        # What `replace` does once the new one is open.
+        runner.responses = ResponseCache(0)
+        runner.responses.handler = None
+
+    def told(embeddings, *arguments):
+        handlers.append(embeddings)
+        return handle(embeddings, *arguments)
+
+    monkeypatch.setattr(Runner, "answer", noted)
+    monkeypatch.setattr(Embeddings, "handle", told)
+    async with Talk(proxy.url, post("zero")) as talk:
+        await talk.response()
+        await talk.send(post("one"))
+        assert (await talk.response())[1]["x-cache"] == "miss"
+    assert counts == [1]
+    assert handlers == [proxy.app[RESPONSES].handler]
 
 
 async def test_what_comes_behind_it_is_answered_in_order(upstream, start_proxy):
