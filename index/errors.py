@@ -11,7 +11,7 @@ import time
 from typing import Any, NamedTuple
 
 import orjson
-from embedding_proxy.providers.upstream.rate_limit_headers import seconds_until
+from embedding_proxy.providers.upstream.retry_after import seconds_until
 
 _LONGEST = 300
 """Characters of Qdrant's own words in a message."""

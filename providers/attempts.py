@@ -113,7 +113,7 @@ class Attempts:
             attempt.is_abandoned = True
             if not (attempt.is_sent or attempt.has_reply):
                 _cancel_soon(task, attempt)
-        sent = sum(one.is_sent or one.has_reply for one in self._tasks.values())
+        sent = sum(attempt.is_sent or attempt.has_reply for attempt in self._tasks.values())
         if sent:
             log.info("stopping: waiting up to %g s for the answers to %d calls", CLOSE_S, sent)
         if self._tasks:

@@ -36,11 +36,11 @@ class Histogram:
 
     def plus(self, other: "Histogram | None") -> "Histogram":
         """Return the durations of both."""
-        both = Histogram()
+        sums = Histogram()
         for histogram in (self, other) if other is not None else (self,):
-            both.counts = [a + b for a, b in zip(both.counts, histogram.counts, strict=True)]
-            both.sum_s += histogram.sum_s
-        return both
+            sums.counts = [a + b for a, b in zip(sums.counts, histogram.counts, strict=True)]
+            sums.sum_s += histogram.sum_s
+        return sums
 
     @property
     def count(self) -> int:

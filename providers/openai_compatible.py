@@ -213,7 +213,15 @@ class HttpProvider:
             if is_abandoned or (context.is_needed is not None and not context.is_needed()):
                 # Raised so, it gives back its room within the limits.
                 raise LocalQueueFull(self.name, "nobody waits for the answer any more")
-            reply = await self._transport.post(self.path(model), payload, limit, context, headers)
+            counts = dict(context.counts)
+            reply = await self._transport.post(
+                self.path(model),
+                payload,
+                limit,
+                context,
+                headers,
+                on_sent=partial(tokens.count_short_texts, inputs, space.tokenizer, counts),
+            )
         queue.learn(scope, reply.headers)
         read = partial(self._read, reply, model, space, inputs, credential)
         try:
@@ -229,7 +237,7 @@ class HttpProvider:
             raise
         self._note(model, checked, inputs)
         self._batch_limits.learn_accepted(model, inputs)
-        return await self._deliver(checked, space, inputs, context)
+        return await self._deliver(checked, space, inputs, context, counts)
 
     async def _deliver(
         self,
@@ -237,15 +245,14 @@ class HttpProvider:
         space: Space,
         inputs: Sequence[Input],
         context: Context,
+        counts: Mapping[str, int],
     ) -> Embedded:
         """Return an answer with its tokens; if it has bad vectors, tell the good ones and raise."""
         charge = checked.charge or Charge()
-        counts, exact = await tokens.count_charged(
-            inputs, charge.tokens, space.tokenizer, context.counts
-        )
+        sizes, exact = await tokens.count_charged(inputs, charge.tokens, space.tokenizer, counts)
         good = Embedded(
             vectors=checked.vectors,
-            tokens=[counts[index] for index in checked.indices],
+            tokens=[sizes[index] for index in checked.indices],
             counted=exact,
             providers=(self.name,),
             outcomes=[Outcome.MISS] * len(checked.indices),
@@ -255,7 +262,7 @@ class HttpProvider:
             return good
         error = response.bad_vectors(self.name, checked)
         # The good ones were bought: the call is billed also where the upstream names no price.
-        total = sum(counts) if charge.tokens is None else charge.tokens
+        total = sum(sizes) if charge.tokens is None else charge.tokens
         error.charge = Charge(total, charge.nanodollars)
         if context.on_part is not None:
             await context.on_part(checked.indices, replace(good, charge=error.charge))
@@ -310,6 +317,7 @@ class HttpProvider:
             reply.body,
             status=reply.status,
             unit_norm=space.unit_norm or self._declared.unit_norm,
+            model=model,
             redact=redact,
             hide=hide,
             url=url,
@@ -332,7 +340,7 @@ class HttpProvider:
 
     def _compare(self, requested: str, answered: str | None, inputs: Sequence[Input]) -> None:
         """Count replies that name another model; a version of the same model is no other one."""
-        if answered is None or not self._declared.names_models:
+        if answered is None or answered == requested or not self._declared.names_models:
             return
         requested_name, answered_name = (
             name.rpartition("/")[2].lower() for name in (requested, answered)
@@ -359,6 +367,8 @@ class HttpProvider:
 
         A field of the request may be unknown to it, or not the client's to say.
         """
+        if not space.parameters:
+            return None
         fields = self._declared.extra_fields
         width = self._declared.dimensions_field
         fixed = self.fixed_fields()

@@ -51,7 +51,7 @@ def decodings(text: str) -> Iterator[str]:
     True
     """
     yield text
-    left = max(_FACTOR * len(text), _MIN_CHARACTERS)
+    room = max(_FACTOR * len(text), _MIN_CHARACTERS)
     level = [text]
     for _ in range(MAX_DEPTH):
         texts: list[str] = []
@@ -60,8 +60,8 @@ def decodings(text: str) -> Iterator[str]:
                 decoded = decode(text_of_level)
                 if not decoded or decoded == text_of_level:
                     continue
-                left -= len(decoded)
-                if left < 0:
+                room -= len(decoded)
+                if room < 0:
                     return
                 texts.append(decoded)
                 yield decoded
@@ -154,9 +154,9 @@ class QuotedInputs:
         """
         if len(message) < MIN_QUOTED:
             return message
-        shown = self._masked(message)
-        is_shown = all(self._masked(decoded) is decoded for decoded in decodings(shown))
-        return shown if is_shown else NOT_SHOWN
+        masked = self._masked(message)
+        is_shown = all(self._masked(decoded) is decoded for decoded in decodings(masked))
+        return masked if is_shown else NOT_SHOWN
 
     def _masked(self, message: str) -> str:
         """Return a message with a mask for each quotation; the same object if it has none."""

@@ -35,8 +35,8 @@ def parse_traceparent(value: str) -> str:
 
 def trace_id() -> str:
     """Return the id of the trace in progress; "" outside of one."""
-    found = _WELL_FORMED.fullmatch(traceparent.get())
-    return found[1] if found else ""
+    match = _WELL_FORMED.fullmatch(traceparent.get())
+    return match[1] if match else ""
 
 
 def headers() -> dict[str, str]:

@@ -99,6 +99,6 @@ async def _ask(route: Route, space: Space, inputs: Sequence[Input], context: Con
     return answer
 
 
-def agreement(one: Sequence[Vector], other: Sequence[Vector]) -> float:
+def agreement(first: Sequence[Vector], second: Sequence[Vector]) -> float:
     """Return the smallest cosine between the answers to the same texts."""
-    return min(cosine(a, b) for a, b in zip(one, other, strict=True))
+    return min(cosine(a, b) for a, b in zip(first, second, strict=True))

@@ -88,6 +88,8 @@ def count(
             counts.append(len(item))
         elif (number := known.get(item)) is not None:
             counts.append(number)
+        elif len(item) <= PIECE:
+            counts.append(len(encode(item)))
         else:
             counts.append(sum(len(encode(piece)) for piece in pieces(item)))
     return counts
@@ -102,8 +104,17 @@ async def count_inputs(
     return await asyncio.to_thread(count, inputs, encoding, known)
 
 
+def count_short_texts(
+    inputs: Sequence[Input], encoding: str | None, counts: dict[str, int]
+) -> None:
+    """Add the tokens of texts to `counts`, if the encoding is known and it does not take long."""
+    texts = [item for item in inputs if isinstance(item, str)] if encoding is not None else []
+    if encoding is not None and sum(map(len, texts)) <= _COUNT_INLINE:
+        counts.update(zip(texts, count(texts, encoding, counts), strict=True))
+
+
 async def count_charged(
-    inputs: Sequence[Input], total: int | None, encoding: str | None, known: Mapping[str, int]
+    inputs: Sequence[Input], total: int | None, encoding: str | None, counts: Mapping[str, int]
 ) -> tuple[list[int], bool]:
     """Return the tokens of each input of a call, and whether they are exact.
 
@@ -112,7 +123,7 @@ async def count_charged(
     """
     if encoding is None and total is not None:
         return apportion(total, inputs), False
-    return await count_inputs(inputs, encoding or CL100K, known), encoding is not None
+    return await count_inputs(inputs, encoding or CL100K, counts), encoding is not None
 
 
 def cut(item: Input, max_tokens: int, encoding: str = CL100K) -> Input:
@@ -183,6 +194,8 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
     >>> share(7, [1, 1, 5]), share(8, [1, 1, 5]), share(3, [0, 0])
     ([1, 1, 5], [1, 1, 6], [2, 1])
     """
+    if len(sizes) == 1:
+        return [total]
     if not any(sizes):
         sizes = [1] * len(sizes)
     whole = sum(sizes) or 1

@@ -48,8 +48,8 @@ NOUNS = {
     "tracing",
 }
 """Nouns that look like participles; `pending` is the field's word for what waits."""
-TERMS = {"blocking", "in_flight", "shared"}
-"""The field's own terms: blocking calls, requests in flight, the shared tier."""
+TERMS = {"blocking", "in_flight", "retry_after", "shared"}
+"""The field's own terms."""
 
 SEEN_BY_CACHE = {
     "providers.allowance",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from embedding_proxy.providers.routing.cooldown import FIRST_COOLDOWN
+from embedding_proxy.providers.upstream.retry_after import FIRST_COOLDOWN
 from fault_server import (
     Act,
     cut,

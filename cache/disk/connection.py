@@ -8,7 +8,6 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +28,7 @@ from .read_only import (
     primary_code,
 )
 from .schema import NewerLayout
+from .worker_thread import WorkerThread
 from .write_ahead_log import LOG, damage_of, is_open_without_log, sibling_path
 
 log = logging.getLogger("embedding_proxy.store")
@@ -322,8 +322,8 @@ class Disk:
         self.read_only: ReadOnlyFile | None = None
         self.damaged: tuple[DamagedFile, ...] = ()
         self._lock: WriterLock | None = None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._reader = WorkerThread("store-reader")
+        self._writer = WorkerThread("store-writer")
         self._opening = asyncio.Lock()
 
     async def open(self) -> None:
@@ -356,11 +356,11 @@ class Disk:
 
     async def read(self, work: Callable[[], T]) -> T:
         """Run `work` on the file in the reading thread, and return its result."""
-        return await self._in(self._reader, work)
+        return await self._reader.run(work)
 
     async def write(self, work: Callable[[], T]) -> T:
         """Run `work` on the file in the writing thread, and return its result."""
-        return await self._in(self._writer, work)
+        return await self._writer.run(work)
 
     @property
     def evicted(self) -> int:
@@ -373,13 +373,13 @@ class Disk:
             if self.file is not old:
                 return
             # While its connections are open. Writers that come meanwhile are refused.
-            if await self._in(self._writer, old.save_log):
+            if await self._writer.run(old.save_log):
                 log.error("%s: %s", old.path, database.LOG_DELETED)
             self.file = None
             self._evicted += old.evicted
             old.let_go()
             await self._close(old)
-            quarantined = await self._in(self._writer, old.quarantine)
+            quarantined = await self._writer.run(old.quarantine)
             if quarantined is not None:
                 log.error("%s is damaged: moved to %s, a new one is begun", old.path, quarantined)
             else:
@@ -412,7 +412,7 @@ class Disk:
         self.shut_down()
 
     async def _open_file(self) -> None:
-        self.file = file = await self._in(self._writer, self._open)
+        self.file = file = await self._writer.run(self._open)
         # Without them, everything is read by the thread, and purges are noticed at the next tick.
         with contextlib.suppress(Exception):
             self.inline_reader = await self.read(partial(InlineReader, file.path))
@@ -461,7 +461,7 @@ class Disk:
             self.purge_signal = None
         for thread in (self._reader, self._writer):
             with contextlib.suppress(*FAILURES):
-                await self._in(thread, old.close)
+                await thread.run(old.close)
 
     async def _close_read_only(self) -> None:
         if self.read_only is not None:
@@ -474,10 +474,6 @@ class Disk:
         self._writer.shutdown()
         if self._lock is not None:
             self._lock.close()
-
-    @staticmethod
-    async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 def _number(file: DamagedFile) -> int:

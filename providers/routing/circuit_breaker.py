@@ -84,8 +84,8 @@ class CircuitBreaker:
     @property
     def wait_s(self) -> float:
         """Seconds until a call may go through; 0 when one may now."""
-        left = self._until - self._clock() if self._is_open else 0.0
-        return max(left, 0.0 if self._probe is None else PROBE_WAIT_S)
+        seconds = self._until - self._clock() if self._is_open else 0.0
+        return max(seconds, 0.0 if self._probe is None else PROBE_WAIT_S)
 
     @property
     def is_ready(self) -> bool:
@@ -94,7 +94,7 @@ class CircuitBreaker:
 
     def acquire(self) -> Permit | None:
         """Return the permit for one call, or None when none may be made now."""
-        if not self.is_ready:
+        if self._is_open and not self.is_ready:
             return None
         permit = Permit(self._era, is_probe=self._is_open)
         if permit.is_probe:
@@ -134,7 +134,7 @@ class CircuitBreaker:
             self.failures = 0
             return
         self.failures += 1
-        failed = sum(not one for _, one in self._recent)
+        failed = sum(not is_good for _, is_good in self._recent)
         if self.failures >= MAX_FAILURES:
             self._open(self._next_open_s(), f"it failed {self.failures} times in a row")
         elif len(self._recent) >= MIN_CALLS and failed >= FAILURE_SHARE * len(self._recent):

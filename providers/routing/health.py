@@ -25,10 +25,10 @@ from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.client_credential import MOST_KEYS, Credential
 from embedding_proxy.providers.errors import ProviderError, RateLimited
 from embedding_proxy.providers.lru_cache import LRUCache
+from embedding_proxy.providers.upstream.retry_after import PROBE_COOLDOWN_S, Cooldowns
 
 from . import policy
 from .circuit_breaker import CircuitBreaker, Permit, State, Verdict
-from .cooldown import PROBE_COOLDOWN_S, Cooldowns
 from .retry_budget import RetryBudget
 from .route import scope_of
 
@@ -138,7 +138,8 @@ class Health:
         if breaker is None:
             if len(self._breakers) >= self._breakers.max_size:
                 # First one that counts no failure: names without end close no open breaker.
-                idle = (one for one, known in self._breakers.items() if known.failures == 0)
+                pairs = self._breakers.items()
+                idle = (name for name, candidate in pairs if candidate.failures == 0)
                 self._breakers.pop(next(idle, scope))
             breaker = self._breakers[scope] = CircuitBreaker(self._clock, self._chance)
         return breaker
@@ -272,19 +273,19 @@ class Health:
 
     def snapshot(self) -> Snapshot:
         """Return the present state."""
-        breakers = [self.breaker, *(one for _, one in self._breakers.items())]
-        worst = max(breakers, key=lambda one: (_SEVERITY[one.state], one.wait_s))
+        breakers = [self.breaker, *(breaker for _, breaker in self._breakers.items())]
+        worst = max(breakers, key=lambda breaker: (_SEVERITY[breaker.state], breaker.wait_s))
         return Snapshot(
             state=worst.state,
             until_s=round(worst.wait_s, 3),
             held={
-                scope: round(one.wait_s, 3)
-                for scope, one in self._breakers.items()
-                if one.state is not State.CLOSED
+                scope: round(breaker.wait_s, 3)
+                for scope, breaker in self._breakers.items()
+                if breaker.state is not State.CLOSED
             },
-            rests=self.cooldowns.left(),
+            rests=self.cooldowns.waits(),
             why="" if worst.state is State.CLOSED else worst.reason,
-            failures_in_a_row=max(one.failures for one in breakers),
+            failures_in_a_row=max(breaker.failures for breaker in breakers),
             opened=self._opened,
             attempts=self.attempts,
             failures=dict(self.failures),

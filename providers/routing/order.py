@@ -43,8 +43,9 @@ class Latencies:
     def note_answer(self, route: Route, seconds: float, inputs: int) -> None:
         """Note how long a good answer to so many inputs took."""
         seconds /= 1 + inputs / INPUTS_A_CALL
-        known = self._seconds.get(route)
-        self._seconds[route] = seconds if known is None else known + WEIGHT * (seconds - known)
+        average = self._seconds.get(route)
+        change = 0.0 if average is None else WEIGHT * (seconds - average)
+        self._seconds[route] = seconds if average is None else average + change
 
     def seconds(self, route: Route) -> float | None:
         """Return the average of a route in seconds, None before its first good answer."""

@@ -117,10 +117,10 @@ def max_attempts(retries: Iterable[int | None]) -> int:
     >>> max_attempts([None, None]), max_attempts([4, None]), max_attempts([0])
     (3, 6, 3)
     """
-    told = list(retries)
-    if all(one is None for one in told):
+    numbers = list(retries)
+    if all(number is None for number in numbers):
         return MAX_ATTEMPTS
-    return max(MAX_ATTEMPTS, sum(one or 0 for one in told) + len(told))
+    return max(MAX_ATTEMPTS, sum(number or 0 for number in numbers) + len(numbers))
 
 
 class AttemptState(NamedTuple):
@@ -181,12 +181,12 @@ def next_step(error: EmbeddingError, state: AttemptState) -> Step:
 def may_retry(error: ProviderError, state: AttemptState) -> bool:
     """Tell whether the number of attempts allows another one at the same route."""
     if state.retries is not None:
-        most = 1 + state.retries
+        max_here = 1 + state.retries
     else:
-        most = MAX_ATTEMPTS_BEFORE_FAILOVER if state.alternatives else UNLIMITED
+        max_here = MAX_ATTEMPTS_BEFORE_FAILOVER if state.alternatives else UNLIMITED
     # Each alternative keeps one attempt in reserve.
     is_left = state.left > state.alternatives
-    return is_left and state.here < most and state.here <= rule(error).retries
+    return is_left and state.here < max_here and state.here <= rule(error).retries
 
 
 def _retry_wait(error: ProviderError, state: AttemptState) -> float | None:
@@ -196,15 +196,15 @@ def _retry_wait(error: ProviderError, state: AttemptState) -> float | None:
         return None
     if _is_clients_to_repeat(error, state):
         return None
-    asked = error.retry_after or 0.0
+    requested_wait = error.retry_after or 0.0
     cooldown = state.cooldown_s if isinstance(error, RateLimited) else 0.0
     # Where another route is left, a wait that nobody asked for must be short.
     is_patient = error.retry_after is not None or not state.alternatives
-    most = MAX_WAIT_S if is_patient else MAX_WAIT_BEFORE_FAILOVER_S
-    if (asked or cooldown) >= min(most, state.time_left_s):
+    max_wait = MAX_WAIT_S if is_patient else MAX_WAIT_BEFORE_FAILOVER_S
+    if (requested_wait or cooldown) >= min(max_wait, state.time_left_s):
         return None
-    if asked:
-        return asked
+    if requested_wait:
+        return requested_wait
     return min(cooldown + backoff(state.here), MAX_WAIT_S, state.time_left_s)
 
 
@@ -223,8 +223,8 @@ def _is_clients_to_repeat(error: ProviderError, state: AttemptState) -> bool:
 
 def select_error(errors: Iterable[ProviderError]) -> ProviderError | None:
     """Return the failure to tell the client: the last that may pass, else the last."""
-    told: ProviderError | None = None
+    selection: ProviderError | None = None
     for error in errors:
-        if isinstance(error, TransientError) or not isinstance(told, TransientError):
-            told = error
-    return told
+        if isinstance(error, TransientError) or not isinstance(selection, TransientError):
+            selection = error
+    return selection

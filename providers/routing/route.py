@@ -62,9 +62,9 @@ def scope_of(key: str) -> str:
     return key.scope if isinstance(key, LimitKey) else key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """A provider and the name by which it knows the model."""
+    """A provider and the name by which it knows the model. Two are never equal."""
 
     provider: Provider
     model: str
@@ -108,8 +108,8 @@ class Route:
     def objection(self, space: Space) -> InvalidRequest | None:
         """Return why the provider cannot serve this space: a field that it does not take."""
         objects = getattr(self.provider, "objection", None)
-        found: InvalidRequest | None = objects(space) if objects else None
-        return found
+        problem: InvalidRequest | None = objects(space) if objects else None
+        return problem
 
     def learn_single(self) -> None:
         """Have each input of this model go alone from now on, if the provider can be told so."""
@@ -128,7 +128,7 @@ class Route:
         """
         total, cost = charge or Charge()
         total = sum(sizes) if total is None else total
-        told = cost is not None
+        is_told = cost is not None
         if cost is None:
             cost = nanodollars(total, account.price if self.price is None else self.price)
         return Bill(
@@ -136,5 +136,5 @@ class Route:
             range(len(sizes)),
             tokens.share(total, sizes),
             tokens.share(cost, sizes),
-            told,
+            is_told,
         )

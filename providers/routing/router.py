@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from embedding_proxy.providers.base import Input, Space
+from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import (
     ClientKeyRefused,
@@ -75,9 +75,11 @@ class Router:
         self.sleep = sleep
 
     def usable(
-        self, space: Space, inputs: Sequence[Input], credential: Credential | None
+        self, space: Space, credential: Credential | None, *, is_text: bool
     ) -> Sequence[Route]:
         """Return the routes that take such inputs, and are paid with a key that is there.
+
+        `is_text`: whether all inputs are texts.
 
         Raises NoRoute, ClientKeyRefused or InvalidRequest.
         """
@@ -94,7 +96,7 @@ class Router:
             objection = objection or problem
         if objection is not None and not routes:
             raise objection
-        if all(type(item) is str for item in inputs):
+        if is_text:
             return routes
         routes = [route for route in routes if route.provider.accepts_tokens]
         if not routes:
@@ -113,12 +115,12 @@ class View:
     before it, it would never be found well again.
     """
 
-    __slots__ = ("_keys", "credential", "router", "routes", "space")
+    __slots__ = ("_limits", "credential", "router", "routes", "space")
 
     def __init__(
         self,
         router: Router,
-        routes: Sequence[Route],
+        routes: tuple[Route, ...],
         space: Space,
         credential: Credential | None,
     ) -> None:
@@ -126,14 +128,19 @@ class View:
         self.routes = routes
         self.space = space
         self.credential = credential
-        self._keys: dict[Route, LimitKey] = {}
+        self._limits: dict[Route, tuple[LimitKey, Health]] = {}
+
+    def limits(self, route: Route) -> tuple[LimitKey, Health]:
+        """Return the name under which the limits of a route hold here, and where."""
+        limits = self._limits.get(route)
+        if limits is None:
+            key, health = route.limit_key(self.credential, self.space), self.health(route)
+            limits = self._limits[route] = key, health
+        return limits
 
     def key(self, route: Route) -> LimitKey:
         """Return the name under which the limits of a route hold here."""
-        key = self._keys.get(route)
-        if key is None:
-            key = self._keys[route] = route.limit_key(self.credential, self.space)
-        return key
+        return self.limits(route)[0]
 
     def health(self, route: Route) -> Health:
         """Return what is known of the provider of a route."""
@@ -141,11 +148,12 @@ class View:
 
     def is_ready(self, route: Route, *, rested: bool = False) -> bool:
         """Tell whether a route may be asked now."""
-        return self.health(route).ready(self.key(route), rested=rested)
+        key, health = self.limits(route)
+        return health.ready(key, rested=rested)
 
     def ready(self, tried: Collection[Route] = ()) -> Sequence[Route]:
         """Return the routes that were not tried and may be asked now, the preferred one first."""
-        ready = [one for one in self.routes if one not in tried and self.is_ready(one)]
+        ready = [route for route in self.routes if route not in tried and self.is_ready(route)]
         return self.arrange(ready) if len(ready) > 1 else ready
 
     def first(self) -> Route:
@@ -182,20 +190,21 @@ class View:
         Where no second try helps, that is what the provider itself said; where only rate limits are
         in the way, it is one of those.
         """
-        known = [(self.health(route), self.key(route)) for route in self.arrange(self.routes)]
-        passing = [(health, key) for health, key in known if health.lasting is None]
+        states = [(self.health(route), self.key(route)) for route in self.arrange(self.routes)]
+        passing = [(health, key) for health, key in states if health.lasting is None]
         if not passing:
             # The error was raised before, and each who is told of it has a traceback of its own.
-            last = known[-1][0].lasting
+            last = states[-1][0].lasting
             assert last is not None  # noqa: S101 - none of them is passing
             return last.with_index(None)
         wait = min(health.wait(key) for health, key in passing)
         reasons = [
             f"{health.name}: {health.why(key)}, asked again in {health.wait(key):.1f} s"
-            for health, key in known
+            for health, key in states
         ]
-        told = "; ".join(dict.fromkeys(reasons))
+        message = "; ".join(dict.fromkeys(reasons))
         if any(health.held(key) for health, key in passing):
-            return NoProviderAvailable(f"No provider can be asked just now ({told}).", wait)
-        said = Refusal(429, told, "requests", "rate_limit_exceeded", wait)
-        return RateLimited(passing[0][0].name, f"rate limited, asked again in {wait:.1f} s", said)
+            return NoProviderAvailable(f"No provider can be asked just now ({message}).", wait)
+        refusal = Refusal(429, message, "requests", "rate_limit_exceeded", wait)
+        why = f"rate limited, asked again in {wait:.1f} s"
+        return RateLimited(passing[0][0].name, why, refusal)

@@ -35,8 +35,8 @@ async def assemble_in_steps(parts: Sequence[tuple[Sequence[int], Embedded]]) -> 
     for places, part in parts:
         outcomes = _outcomes(part)
         async for rows in slices(range(len(places))):
-            some = slice(rows[0], rows[-1] + 1)
-            whole.add(places[some], part.vectors[some], part.tokens[some], outcomes[some])
+            span = slice(rows[0], rows[-1] + 1)
+            whole.add(places[span], part.vectors[span], part.tokens[span], outcomes[span])
     return whole.embedded(parts)
 
 

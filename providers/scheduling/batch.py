@@ -69,8 +69,7 @@ class Batch:
         self._permit = permit
         self._slots = slots
         self._router = view.router
-        self._limit_key = view.key(route)
-        self._health = view.health(route)
+        self._limit_key, self._health = view.limits(route)
         self._budget = view.router.upstreams.budget_of(view.credential)
         self._requests = requests_of(inputs)
         self._call = Call(self._router, key, route, inputs, self._requests, slots)
@@ -91,7 +90,7 @@ class Batch:
         self._is_retry = self._is_failover = False
         self._was_made = True
         """Whether it is an attempt: False where the queue of the provider had no room."""
-        first = [one for one in inputs[0].failures if one.route == route]
+        first = [failure for failure in inputs[0].failures if failure.route == route]
         # Who came when the limit was known to be used up has had its wait.
         self._was_limited = (
             first[0].was_limited if first else self._health.is_limited(self._limit_key)
@@ -105,11 +104,11 @@ class Batch:
             not self._is_retry and bool(first.story or first.passed) and not first.batches
         )
         self._router.latencies.note_attempt(route)
-        for one in self._inputs:
-            one.story += (route,)
-            one.batches += (self,)
-        for request, own in self._requests.items():
-            request.begin_call(own)
+        for pending in self._inputs:
+            pending.story += (route,)
+            pending.batches += (self,)
+        for request, request_inputs in self._requests.items():
+            request.begin_call(request_inputs)
         self._start_timers()
         self._task = self._router.upstreams.attempts.start(self._run(), self._attempt)
 
@@ -173,7 +172,7 @@ class Batch:
 
     def _fail(self, error: Exception, *, is_counted: bool = True) -> None:
         """Decide what becomes of the inputs that have had no vector; the call is over for them."""
-        missing = [one for one in self._inputs if one.is_missing]
+        missing = [pending for pending in self._inputs if pending.is_missing]
         if isinstance(error, LocalQueueFull) and len(missing) == len(self._inputs):
             self._take_back(error)
         elif isinstance(error, ProviderError):
@@ -184,8 +183,8 @@ class Batch:
                 self._router.counts.failures[error.reason] += 1
                 self._health.failures[error.reason] += 1
             self._health.cancelled(self._permit)
-            for one in self._inputs:
-                one.forget_attempt(self._route)
+            for pending in self._inputs:
+                pending.forget_attempt(self._route)
         self._end(keeps_requests=True)
         try:
             if missing or self._key.search is not None:
@@ -214,10 +213,10 @@ class Batch:
 
     def _try_on(self, error: ProviderError, missing: list[PendingInput]) -> list[PendingInput]:
         """Queue inputs for another attempt, if the policy says so; return those it gives up."""
-        free = [one for one in missing if not one.is_pursued]
+        free = [pending for pending in missing if not pending.is_pursued]
         if isinstance(error, LocalQueueFull):
             # A hedge that had no room goes on to the next route.
-            missing = [one for one in missing if not one.is_queued]
+            missing = [pending for pending in missing if not pending.is_queued]
         else:
             missing = free
         if not missing:
@@ -226,7 +225,7 @@ class Batch:
         step = policy.next_step(error, self._attempt_state(error, missing))
         if search is not None and not isinstance(step, policy.GiveUp):
             # The rest of the half comes back to the search later.
-            search.note([one for one in self._inputs if one not in missing], [], None)
+            search.note([pending for pending in self._inputs if pending not in missing], [], None)
         if isinstance(step, policy.Retry):
             self._queues.add_later(step.after_s, self._key, missing, self._route)
             return []
@@ -263,18 +262,19 @@ class Batch:
         story, passed = missing[0].story, missing[0].passed
         search = self._key.search
         is_last = search is not None and search.is_internal
-        most = policy.max_attempts(route.retries for route in self._key.routes)
-        rest = self._health.rest(self._limit_key)
+        max_attempts = policy.max_attempts(route.retries for route in self._key.routes)
+        cooldown_s = self._health.rest(self._limit_key)
         deadline = max_deadline(requests_of(missing))
-        left = float("inf") if deadline is None else deadline - self._router.upstreams.clock()
+        now = self._router.upstreams.clock()
+        seconds_left = float("inf") if deadline is None else deadline - now
         rested = isinstance(error, RateLimited)
         return policy.AttemptState(
             here=story.count(self._route),
-            left=0 if is_last else most - len(story),
+            left=0 if is_last else max_attempts - len(story),
             alternatives=len(self._view.ready((*story, *passed))),
             retries=self._route.retries,
-            cooldown_s=rest,
-            time_left_s=max(left, 0.0),
+            cooldown_s=cooldown_s,
+            time_left_s=max(seconds_left, 0.0),
             has_budget=self._budget.can_retry,
             is_needed=self._call.is_needed(),
             is_ready=self._view.is_ready(self._route, rested=rested),
@@ -317,9 +317,9 @@ class Batch:
                 self._budget.take()
             is_counted = is_counted and rule.verdict is Verdict.FAILURE
         failure = FailedAttempt(self._route, error, self._was_limited, is_unexplained, is_counted)
-        for one in missing:
-            one.failures += (failure,)
-            one.is_alone = one.is_alone or bool(error.indices)
+        for pending in missing:
+            pending.failures += (failure,)
+            pending.is_alone = pending.is_alone or bool(error.indices)
 
     def _is_about_input(self, error: ProviderError, missing: Sequence[PendingInput]) -> bool:
         """Tell whether one input may be to blame, and the provider is not for now.
@@ -328,17 +328,17 @@ class Batch:
         it has failed in another request before.
         """
         if isinstance(error, InvalidAnswer) and error.indices:
-            for one in missing if error.index is not None else ():
-                self._health.blame_input(self._limit_key, one.input)
+            for pending in missing if error.index is not None else ():
+                self._health.blame_input(self._limit_key, pending.input)
             return not self._permit.is_probe
         if len(missing) != 1:
             return False
-        (one,) = missing
-        counted = sum(failure.is_counted for failure in one.failures)
+        (pending,) = missing
+        counted = sum(failure.is_counted for failure in pending.failures)
         return (
             counted >= MAX_FAILURES - 1
-            or self._health.is_repeat(self._limit_key, one.input)
-            or self._health.is_blamed(self._limit_key, one.input)
+            or self._health.is_repeat(self._limit_key, pending.input)
+            or self._health.is_blamed(self._limit_key, pending.input)
         )
 
     def _take_back(self, error: LocalQueueFull) -> None:
@@ -346,10 +346,10 @@ class Batch:
         self._was_made = False
         self._health.cancelled(self._permit)
         self._router.counts.failures[error.reason] += 1
-        for one in self._inputs:
-            one.forget_attempt(self._route)
-            one.passed += (self._route,)
-            one.failures += (FailedAttempt(self._route, error),)
+        for pending in self._inputs:
+            pending.forget_attempt(self._route)
+            pending.passed += (self._route,)
+            pending.failures += (FailedAttempt(self._route, error),)
 
     # The end of the wait for it.
 
@@ -363,17 +363,17 @@ class Batch:
             counts.failovers += self._is_failover
             self._health.attempts += 1
         self._stop_timers()
-        for one in self._inputs:
-            one.batches = tuple(other for other in one.batches if other is not self)
+        for pending in self._inputs:
+            pending.batches = tuple(batch for batch in pending.batches if batch is not self)
         for request in () if keeps_requests else self._requests:
             request.end_call()
 
     def _end_others(self, inputs: Sequence[PendingInput]) -> None:
         """End what is under way beside this call for the same inputs, if nobody needs it."""
-        for one in inputs:
-            for other in one.batches:
-                if other is not self:
-                    other.end_unneeded()
+        for pending in inputs:
+            for batch in pending.batches:
+                if batch is not self:
+                    batch.end_unneeded()
 
     def end_unneeded(self) -> None:
         """End the wait for the call if none of its inputs needs it; if it was sent, it goes on."""
@@ -381,7 +381,7 @@ class Batch:
             self._health.cancelled(self._permit)
             self._end()
             if self._key.search is not None:
-                is_answered = not any(one.is_missing for one in self._inputs)
+                is_answered = not any(pending.is_missing for pending in self._inputs)
                 self._key.search.note(self._inputs, [], None, is_answered=is_answered)
             if self._task is not None:
                 self._router.upstreams.attempts.abandon(self._task)
@@ -412,7 +412,9 @@ class Batch:
     async def _hedge(self, after_s: float) -> None:
         """Send the same inputs to the next route as well, when the time for it has come."""
         await self._router.sleep(after_s)
-        missing = [one for one in self._inputs if one.is_wanted and not one.is_queued]
+        missing = [
+            pending for pending in self._inputs if pending.is_wanted and not pending.is_queued
+        ]
         if self._is_over or not missing or not self._budget.can_retry:
             return
         if self._view.ready((*missing[0].story, *missing[0].passed)):
@@ -446,7 +448,7 @@ class Batch:
         """The seconds that the most patient request has from its arrival on; None if not known."""
         if self._deadline is None:
             return None
-        last = max(self._requests, key=lambda one: one.context.deadline or 0.0).context
+        last = max(self._requests, key=lambda request: request.context.deadline or 0.0).context
         return None if last.begun is None else self._deadline - last.begun
 
     def _has_waited(self, share: float) -> bool:

@@ -103,12 +103,12 @@ class BatchLimits:
 
     def of(self, model: str) -> Limits:
         """Return what is known to be taken; while a limit is searched for, one call at a time."""
-        known = self._models.get(model)
-        if known is None:
+        model_limits = self._models.get(model)
+        if model_limits is None:
             return self._declared
-        declared, inputs, size = self._declared, known.inputs, known.bytes
+        declared, inputs, size = self._declared, model_limits.inputs, model_limits.bytes
         # While calls are small, the limit is not being looked for, and they hold up nobody.
-        is_wanted = known.small_calls < MAX_SMALL_CALLS
+        is_wanted = model_limits.small_calls < MAX_SMALL_CALLS
         is_searching = is_wanted and (inputs.is_searching or size.is_searching)
         return replace(
             declared,
@@ -124,65 +124,65 @@ class BatchLimits:
         count = len(inputs)
         if not is_about_size(error) or is_about_tokens(error):
             return
-        known = self._models.get(model)
+        model_limits = self._models.get(model)
         if count == 1:
-            if known is not None and known.inputs.is_guess:
+            if model_limits is not None and model_limits.inputs.is_guess:
                 # It is this input that is too large; calls that held it have told nothing.
-                self._models[model] = _Model(has_told=known.has_told)
+                self._models[model] = _Model(has_told=model_limits.has_told)
             return
-        known = self._known(model)
-        known.small_calls = 0
+        model_limits = self._known(model)
+        model_limits.small_calls = 0
         named = named_batch_limit(error, count)
         if named is not None:
-            if not known.is_single:
-                known.inputs = Bound(accepted=named, refused=named + 1, is_guess=False)
-                known.calls = 0
+            if not model_limits.is_single:
+                model_limits.inputs = Bound(accepted=named, refused=named + 1, is_guess=False)
+                model_limits.calls = 0
         elif size < SMALL_BODY:
-            known.inputs.refuse(count)
+            model_limits.inputs.refuse(count)
         else:
-            known.bytes.refuse(text_bytes(inputs))
-        self._tell(model, known)
+            model_limits.bytes.refuse(text_bytes(inputs))
+        self._tell(model, model_limits)
 
     def learn_accepted(self, model: str, inputs: Sequence[Input]) -> None:
         """Take note of a call that was answered."""
-        known = self._models.get(model)
-        if known is None:
+        model_limits = self._models.get(model)
+        if model_limits is None:
             return
         count, size = len(inputs), text_bytes(inputs)
-        is_beyond = known.inputs.is_beyond(count) or known.bytes.is_beyond(size)
-        known.small_calls = 0 if is_beyond else known.small_calls + 1
-        known.inputs.accept(count)
-        known.bytes.accept(size)
-        if not (known.inputs.is_guess or known.is_single):
-            known.calls += 1
-            if known.calls >= MAX_NAMED_CALLS:
-                known.inputs = Bound()
-        self._tell(model, known)
+        is_beyond = model_limits.inputs.is_beyond(count) or model_limits.bytes.is_beyond(size)
+        model_limits.small_calls = 0 if is_beyond else model_limits.small_calls + 1
+        model_limits.inputs.accept(count)
+        model_limits.bytes.accept(size)
+        if not (model_limits.inputs.is_guess or model_limits.is_single):
+            model_limits.calls += 1
+            if model_limits.calls >= MAX_NAMED_CALLS:
+                model_limits.inputs = Bound()
+        self._tell(model, model_limits)
 
     def learn_single(self, model: str) -> None:
         """Take note that calls of several inputs get one vector for all of them."""
-        known = self._known(model)
-        known.is_single = True
-        known.inputs = Bound(accepted=1, refused=2, is_guess=False)
-        self._tell(model, known)
+        model_limits = self._known(model)
+        model_limits.is_single = True
+        model_limits.inputs = Bound(accepted=1, refused=2, is_guess=False)
+        self._tell(model, model_limits)
 
     def _known(self, model: str) -> _Model:
         """Return what is known of a model; of the one first learned of, nothing any more."""
-        known = self._models.get(model)
-        if known is None:
+        model_limits = self._models.get(model)
+        if model_limits is None:
             if len(self._models) >= MAX_MODELS:
                 del self._models[next(iter(self._models))]
-            known = self._models[model] = _Model()
-        return known
+            model_limits = self._models[model] = _Model()
+        return model_limits
 
-    def _tell(self, model: str, known: _Model) -> None:
+    def _tell(self, model: str, model_limits: _Model) -> None:
         """Say once what was learned."""
-        inputs, size = known.inputs, known.bytes
-        if known.has_told or inputs.is_searching or size.is_searching:
+        inputs, size = model_limits.inputs, model_limits.bytes
+        if model_limits.has_told or inputs.is_searching or size.is_searching:
             return
         if inputs.limit is None and size.limit is None:
             return
-        known.has_told = True
+        model_limits.has_told = True
         what = f"{size.limit} bytes of text" if inputs.limit is None else f"{inputs.limit} inputs"
         log.warning(
             "%s: takes at most %s in one call for %s, which is less than is declared; set"

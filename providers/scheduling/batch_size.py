@@ -35,9 +35,9 @@ async def sizes(
     if limit is None:
         return [0] * len(inputs), False
     # No token is shorter than a byte.
-    most = [_estimate(item, bytes_a_token=1) for item in inputs]
-    if sum(most) <= limit:
-        return most, False
+    bounds = [_estimate(item, bytes_a_token=1) for item in inputs]
+    if sum(bounds) <= limit:
+        return bounds, False
     if space.tokenizer is not None:
         return await tokens.count_inputs(inputs, space.tokenizer, context.counts), True
     return [_estimate(item, _BYTES_A_TOKEN) for item in inputs], False

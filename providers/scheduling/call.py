@@ -56,9 +56,9 @@ class Call:
         self.attempt = Attempt()
         self._is_billed = False
 
-    def _wants(self, one: PendingInput) -> bool:
+    def _wants(self, pending: PendingInput) -> bool:
         search = self._key.search
-        return one.is_wanted or (search is not None and search.wants(one))
+        return pending.is_wanted or (search is not None and search.wants(pending))
 
     def is_needed(self) -> bool:
         """Tell whether its answer is still of use to anybody."""
@@ -76,9 +76,9 @@ class Call:
             account=context.account,
             on_part=self.deliver,
             counts={
-                one.input: one.count
-                for one in self._inputs
-                if one.count is not None and type(one.input) is str
+                pending.input: pending.count
+                for pending in self._inputs
+                if pending.count is not None and type(pending.input) is str
             },
             start_deadline=start_deadline,
             is_needed=self.is_needed,
@@ -103,7 +103,7 @@ class Call:
 
     async def _ask(self, inputs: Sequence[PendingInput], context: Context) -> Embedded:
         """Make one call at the provider, and tell what it was charged, whatever comes of it."""
-        items = [one.input for one in inputs]
+        items = [pending.input for pending in inputs]
         account = inputs[0].request.context.account
         try:
             answer = await self._route.provider.ask(
@@ -167,7 +167,7 @@ class Call:
         """Hand a part of the answer to the requests whose inputs these are."""
         if part.charge is not None and not self._is_billed:
             account = self._first.account
-            items = [one.input for one in self._inputs]
+            items = [pending.input for pending in self._inputs]
             self._charge(self._route.bill_failed(part.charge, items, account), self._inputs)
         if not indices:
             return
@@ -175,22 +175,24 @@ class Call:
             part = replace(part, charge=None)
         inputs = [self._inputs[index] for index in indices]
         if len(self._requests) == 1:
-            await inputs[0].request.take([one.index for one in inputs], part)
+            await inputs[0].request.take([pending.index for pending in inputs], part)
         else:
-            for request, own in requests_of(inputs).items():
-                rows = [row for row, one in enumerate(inputs) if one.request is request]
-                await request.take([one.index for one in own], rows_of(part, rows))
+            for request, request_inputs in requests_of(inputs).items():
+                rows = [row for row, pending in enumerate(inputs) if pending.request is request]
+                await request.take(
+                    [pending.index for pending in request_inputs], rows_of(part, rows)
+                )
 
     def _charge(self, bill: Bill, inputs: Sequence[PendingInput]) -> None:
         """Tell each request what was charged for its inputs."""
         self._is_billed = True
         self._router.prices.note_charge(self._route, bill)
-        whole = bill.at([one.index for one in inputs])
+        whole = bill.at([pending.index for pending in inputs])
         if len(self._requests) == 1:
             inputs[0].request.charge(whole)
             return
         for request in self._requests:
-            rows = [row for row, one in enumerate(inputs) if one.request is request]
+            rows = [row for row, pending in enumerate(inputs) if pending.request is request]
             if rows:
                 request.charge(whole.rows(rows))
 

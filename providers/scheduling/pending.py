@@ -162,8 +162,8 @@ class PendingRequest:
     @property
     def has_client(self) -> bool:
         """Whether its client waits, or has waited until its time was up."""
-        told = self.context.has_waiters
-        return not self.has_left and (told is None or told())
+        has_waiters = self.context.has_waiters
+        return not self.has_left and (has_waiters is None or has_waiters())
 
     @property
     def has_answers(self) -> bool:
@@ -230,7 +230,7 @@ class PendingRequest:
         """Note that a call for some of its inputs is about to be made, or a search is."""
         self._calls += 1
         if inputs and self.context.on_begin is not None:
-            self.context.on_begin([one.index for one in inputs])
+            self.context.on_begin([pending.index for pending in inputs])
 
     def end_call(self) -> None:
         """Note that such a call has ended, in whatever way."""
@@ -282,7 +282,7 @@ class Bisection(Protocol):
 
     is_internal: bool
 
-    def wants(self, one: PendingInput) -> bool:
+    def wants(self, pending: PendingInput) -> bool:
         """Tell whether an input is worth a call, though its request may have failed."""
         ...
 
@@ -367,21 +367,21 @@ def rank(error: BaseException) -> tuple[bool, bool, bool, int]:
 
 def requests_of(inputs: Iterable[PendingInput]) -> dict[PendingRequest, list[PendingInput]]:
     """Return the requests of some inputs, in order, each with its own of them."""
-    own: dict[PendingRequest, list[PendingInput]] = {}
-    for one in inputs:
-        own.setdefault(one.request, []).append(one)
-    return own
+    inputs_of: dict[PendingRequest, list[PendingInput]] = {}
+    for pending in inputs:
+        inputs_of.setdefault(pending.request, []).append(pending)
+    return inputs_of
 
 
 def min_retries(requests: Collection[PendingRequest]) -> int | None:
     """Return what holds for all of some requests of `Context.client_retries`."""
     counts = [request.context.client_retries for request in requests]
-    known = [count for count in counts if count is not None]
-    return min(known) if len(known) == len(counts) else None
+    numbers = [count for count in counts if count is not None]
+    return min(numbers) if len(numbers) == len(counts) else None
 
 
 def max_deadline(requests: Collection[PendingRequest]) -> float | None:
     """Return the deadline of the most patient of some requests; None where one has none."""
     deadlines = [request.context.deadline for request in requests]
-    known = [deadline for deadline in deadlines if deadline is not None]
-    return max(known) if len(known) == len(deadlines) else None
+    points = [deadline for deadline in deadlines if deadline is not None]
+    return max(points) if len(points) == len(deadlines) else None

@@ -39,8 +39,8 @@ def is_quoted(failure: InvalidRequest, payload: bytes) -> bool:
     >>> is_quoted(InvalidRequest("bad input: 'batch size 1'"), b'{"input": ["Batch size 1"]}')
     True
     """
-    found = _TOO_MANY.search(str(failure)[:_MAX_MESSAGE])
-    return found is not None and found[0].lower().encode() in payload.lower()
+    match = _TOO_MANY.search(str(failure)[:_MAX_MESSAGE])
+    return match is not None and match[0].lower().encode() in payload.lower()
 
 
 def is_about_tokens(failure: InvalidRequest) -> bool:

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, RateLimited, Refusal
+from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.health import Slots
 from embedding_proxy.providers.routing.route import Route
@@ -24,9 +26,12 @@ from embedding_proxy.providers.routing.router import Router, View
 from . import batch_size
 from .batch import Batch
 from .batch_limits import input_bytes
+from .context_length import check_context_length
 from .pending import Bisection, FailedAttempt, PendingInput, PendingRequest, QueueKey
 from .search import fail_inputs, give_up
 
+MAX_VIEWS = 1000
+"""Spaces whose routes are remembered."""
 MAX_WINDOW_INPUTS = 64
 """Inputs; a larger request does not wait for others to come."""
 MIN_WINDOW_BATCH = 256
@@ -42,13 +47,16 @@ MIN_COOLDOWN_WAIT_S = 0.1
 class Scheduler:
     """An Embedder over the routes of a model: what requests want becomes batches.
 
-    With `window_s`, small requests wait for so many seconds for others to share a call with.
+    With `window_s`, small requests wait for so many seconds for others to share a call with. An
+    input of more than `max_tokens` is refused; None = nothing is known of it.
     """
 
-    def __init__(self, router: Router, window_s: float = 0) -> None:
+    def __init__(self, router: Router, window_s: float = 0, max_tokens: int | None = None) -> None:
         self.router = router
         self.window_s = window_s
+        self._max_tokens = max_tokens
         self._queues: dict[QueueKey, _Queue] = {}
+        self._views = LRUCache[tuple[Space, bool], View](MAX_VIEWS)
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the answer to a request, whichever calls it took, in the order of its inputs.
@@ -58,18 +66,33 @@ class Scheduler:
         place among the inputs. When the deadline passes, or the caller goes, what is queued is
         dropped, and what is on the wire is finished.
         """
-        routes = tuple(self.router.usable(space, inputs, context.credential))
-        key = QueueKey(space, context.user, context.credential, context.neutral, routes)
-        view = View(self.router, routes, space, context.credential)
+        if self._max_tokens is not None:
+            context = await check_context_length(space, inputs, self._max_tokens, context)
+        view = self._view(space, inputs, context.credential)
+        key = QueueKey(space, context.user, context.credential, context.neutral, view.routes)
         limits = view.first().limits
         sizes, are_exact = await batch_size.sizes(space, inputs, limits.tokens, context)
         counts: Sequence[int | None] = sizes
         if not are_exact:
-            counts = [context.counts.get(one) if type(one) is str else None for one in inputs]
+            counts = [context.counts.get(item) if type(item) is str else None for item in inputs]
         request = PendingRequest(inputs, context, sizes, counts)
         waits = self.window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
         self.queue(key, view).add(request.inputs, waits)
         return await request.result()
+
+    def _view(self, space: Space, inputs: Sequence[Input], credential: Credential | None) -> View:
+        """Return the routes that take such inputs; those of a client's own key are not kept.
+
+        Raises NoRoute, ClientKeyRefused or InvalidRequest.
+        """
+        is_text = all(type(item) is str for item in inputs)
+        view = self._views.get((space, is_text)) if credential is None else None
+        if view is None:
+            routes = tuple(self.router.usable(space, credential, is_text=is_text))
+            view = View(self.router, routes, space, credential)
+            if credential is None:
+                self._views[space, is_text] = view
+        return view
 
     def queue(self, key: QueueKey, view: View | None = None) -> "_Queue":
         """Return the queue for inputs of a kind."""
@@ -126,8 +149,8 @@ class Scheduler:
                 raise
             self.add_again(key, inputs, route, search=key.search, half=key.half)
 
-        for one in inputs:
-            one.is_queued = True
+        for pending in inputs:
+            pending.is_queued = True
         self.router.upstreams.attempts.start(wait(), Attempt())
 
 
@@ -173,17 +196,17 @@ class _Queue:
         self._flush = asyncio.get_running_loop().call_soon(self._send_all)
 
     def _push(self, inputs: Sequence[PendingInput], *, is_first: bool = False) -> None:
-        for one in inputs:
-            one.is_queued = True
+        for pending in inputs:
+            pending.is_queued = True
         if is_first:
             self._inputs.extendleft(reversed(inputs))
         else:
             self._inputs += inputs
 
     def _pop(self) -> PendingInput:
-        one = self._inputs.popleft()
-        one.is_queued = False
-        return one
+        pending = self._inputs.popleft()
+        pending.is_queued = False
+        return pending
 
     def _pop_all(self) -> list[PendingInput]:
         return [self._pop() for _ in range(len(self._inputs))]
@@ -220,7 +243,7 @@ class _Queue:
 
     def _send_one(self, route: Route) -> bool:
         """Send one batch to a route, if it has a slot; tell if it had."""
-        limits, key = route.limits, self._view.key(route)
+        limits, (key, health) = route.limits, self._view.limits(route)
         number = limits_of(route.provider).concurrency
         slots = self._router.upstreams.slots(route.name, key, number)
         if not slots.acquire(self.send, limits.concurrency):
@@ -231,7 +254,7 @@ class _Queue:
         permit = None
         if batch:
             rested = self._key.is_rested and route is self._key.route
-            permit = self._view.health(route).acquire(key, rested=rested)
+            permit = health.acquire(key, rested=rested)
         if permit is None:
             self._push(batch, is_first=True)
             slots.release()
@@ -265,11 +288,11 @@ class _Queue:
         if inputs:
             self._router.counts.failures[LocalQueueFull.reason] += 1
             message = "all the calls that it takes at a time are under way"
-            said = Refusal(429, message, "requests", "rate_limit_exceeded")
-            failure = FailedAttempt(route, LocalQueueFull(route.name, message, said))
-            for one in inputs:
-                one.passed += (route,)
-                one.failures += (failure,)
+            refusal = Refusal(429, message, "requests", "rate_limit_exceeded")
+            failure = FailedAttempt(route, LocalQueueFull(route.name, message, refusal))
+            for pending in inputs:
+                pending.passed += (route,)
+                pending.failures += (failure,)
             self._scheduler.add_again(
                 self._key, inputs, search=self._key.search, half=self._key.half
             )
@@ -289,31 +312,31 @@ class _Queue:
     def _handle_no_route(self) -> None:
         """Fail what waits, or wait for the end of a rate limit if that is near."""
         # What is asked for elsewhere just now is decided there.
-        inputs = [one for one in self._pop_all() if not one.batches]
+        inputs = [pending for pending in self._pop_all() if not pending.batches]
         if not inputs:
             return
         if self._key.search is not None:
             self._key.search.note(inputs, inputs, self._view.unavailable())
             return
-        failed = [one for one in inputs if one.failures]
+        failed = [pending for pending in inputs if pending.failures]
         if failed:
             give_up(self._scheduler, self._key, self._view, failed)
-        inputs = [one for one in inputs if not one.failures]
+        inputs = [pending for pending in inputs if not pending.failures]
         if not inputs:
             return
-        wait = self._view.cooldown_s()
+        wait, now = self._view.cooldown_s(), self._router.upstreams.clock()
         patient: list[PendingInput] = []
-        for one in inputs:
-            deadline = one.request.context.deadline
-            left = float("inf") if deadline is None else deadline - self._router.upstreams.clock()
-            if wait is None or wait > min(one.request.patience_s, left):
-                one.request.fail(self._view.unavailable())
+        for pending in inputs:
+            deadline = pending.request.context.deadline
+            seconds_left = float("inf") if deadline is None else deadline - now
+            if wait is None or wait > min(pending.request.patience_s, seconds_left):
+                pending.request.fail(self._view.unavailable())
             else:
-                patient.append(one)
+                patient.append(pending)
         if len(patient) < len(inputs):
             self._router.counts.refused += 1
         if patient and wait is not None:
-            for request in dict.fromkeys(one.request for one in patient):
+            for request in dict.fromkeys(pending.request for pending in patient):
                 request.patience_s -= max(wait, MIN_COOLDOWN_WAIT_S)
             self._scheduler.add_later(wait, self._key, patient, None)
 
@@ -321,12 +344,12 @@ class _Queue:
         """Drop what nobody wants from the head of the queue; tell if anything is left."""
         search = self._key.search
         while self._inputs:
-            one = self._inputs[0]
-            if one.is_wanted or (search is not None and search.wants(one)):
+            pending = self._inputs[0]
+            if pending.is_wanted or (search is not None and search.wants(pending)):
                 return True
             self._pop()
             if search is not None:
-                search.note([one], [], None)
+                search.note([pending], [], None)
         return False
 
     def _fail_all(self, error: Exception) -> None:
@@ -354,21 +377,21 @@ class _Queue:
 
     def _take_first(self, route: Route, limits: Limits) -> list[PendingInput]:
         """Take the first inputs that are wanted, as many as may go in one call."""
-        health, key = self._view.health(route), self._view.key(route)
+        key, health = self._view.limits(route)
         batch: list[PendingInput] = []
         max_inputs = limits.inputs
         if not self._key.is_alone:
             max_inputs = min(self._batch_inputs, max_inputs)
         tokens = size = 0
         while self._drop_unwanted() and len(batch) < max_inputs:
-            one = self._inputs[0]
-            max_inputs = min(max_inputs, one.max_batch or max_inputs)
-            tokens += one.max_tokens
-            size += 0 if limits.bytes is None else input_bytes(one.input)
+            pending = self._inputs[0]
+            max_inputs = min(max_inputs, pending.max_batch or max_inputs)
+            tokens += pending.max_tokens
+            size += 0 if limits.bytes is None else input_bytes(pending.input)
             is_over = (limits.tokens is not None and tokens > limits.tokens) or (
                 limits.bytes is not None and size > limits.bytes
             )
-            if health.is_blamed(key, one.input) and not self._key.is_alone:
+            if health.is_blamed(key, pending.input) and not self._key.is_alone:
                 # It goes alone: others would fail with it.
                 is_over, max_inputs = True, 1
             # What is too large by itself goes alone: the upstream will say so.
@@ -381,4 +404,4 @@ class _Queue:
 def _is_too_late(batch: Sequence[PendingInput], call_s: float) -> bool:
     """Tell whether a call that begins now is sure to end after the deadline of all who wait."""
     end = asyncio.get_running_loop().time() + LIKELY * call_s
-    return all((one.request.context.deadline or end) < end for one in batch)
+    return all((pending.request.context.deadline or end) < end for pending in batch)

@@ -67,7 +67,7 @@ def give_up(  # noqa: PLR0913, PLR0917 - whose, where, and why
     names. `key.route` is the route that failed. None is sent again that another route is asked for
     as well: that decides. Without those it is another call, which may be taken.
     """
-    free = [one for one in inputs if not one.is_pursued]
+    free = [pending for pending in inputs if not pending.is_pursued]
     failure = final_error(view, inputs, error)
     may_search = view.router.upstreams.budget_of(view.credential).can_retry
     if is_about_size(failure) and len(inputs) > 1:
@@ -102,20 +102,20 @@ def final_error(
     """Return the failure that says most, with the cooldown that is left."""
     if error is not None and not isinstance(error, ProviderError):
         return error
-    failure = policy.select_error(one.error for one in inputs[0].failures)
+    failure = policy.select_error(failed.error for failed in inputs[0].failures)
     if failure is None:
         return error or view.unavailable()
     if failure is not error and failure.index is not None:
         # It names a place in another call.
         failure = failure.with_index(None)
-    said = failure.refusal
-    if isinstance(failure, RateLimited) and said is not None and not said.retry_after:
+    refusal = failure.refusal
+    if isinstance(failure, RateLimited) and refusal is not None and not refusal.retry_after:
         for route in view.routes:
-            rest = (
+            cooldown_s = (
                 view.health(route).rest(view.key(route)) if route.name == failure.provider else 0.0
             )
-            if rest > MIN_COOLDOWN_TOLD_S:
-                failure.refusal = replace(said, retry_after=rest)
+            if cooldown_s > MIN_COOLDOWN_TOLD_S:
+                failure.refusal = replace(refusal, retry_after=cooldown_s)
     return failure
 
 
@@ -125,8 +125,8 @@ def divide(
     """Queue the inputs of a call that was too large, to be sent in smaller ones."""
     # The route may have learned no limit from it: sure is only that this was too much.
     max_batch = named_batch_limit(error, len(inputs)) or max(1, len(inputs) // 2)
-    for one in inputs:
-        one.max_batch = max_batch
+    for pending in inputs:
+        pending.max_batch = max_batch
     queues.add_again(key, inputs)
 
 
@@ -170,33 +170,35 @@ def blame_providers(view: View, failures: Iterable[FailedAttempt]) -> None:
 
 def send_rest(queues: Queues, key: QueueKey, inputs: Sequence[PendingInput]) -> None:
     """Go on with the requests that have not failed, when an input of another one was bad."""
-    rest = [one for one in inputs if one.is_wanted]
-    for one in rest:
-        one.searches += 1
-    if not rest:
+    remainder = [pending for pending in inputs if pending.is_wanted]
+    for pending in remainder:
+        pending.searches += 1
+    if not remainder:
         return
-    if rest[0].searches <= MAX_SEARCHES:
-        _send_fresh(queues, key, rest)
+    if remainder[0].searches <= MAX_SEARCHES:
+        _send_fresh(queues, key, remainder)
         return
-    for own in requests_of(rest).values():
-        _send_fresh(queues, key, own, next(_groups))
+    for request_inputs in requests_of(remainder).values():
+        _send_fresh(queues, key, request_inputs, next(_groups))
 
 
 def send_halves_by_request(queues: Queues, key: QueueKey, inputs: Sequence[PendingInput]) -> None:
     """Send the requests of a batch in two calls: what one is denied, another may be given."""
-    own = list(requests_of(one for one in inputs if one.is_wanted).values())
-    middle = len(own) // 2
-    for part in (own[:middle], own[middle:]):
+    groups = list(requests_of(pending for pending in inputs if pending.is_wanted).values())
+    middle = len(groups) // 2
+    for part in (groups[:middle], groups[middle:]):
         if part:
-            _send_fresh(queues, key, [one for some in part for one in some], next(_groups))
+            _send_fresh(
+                queues, key, [pending for group in part for pending in group], next(_groups)
+            )
 
 
 def _send_fresh(
     queues: Queues, key: QueueKey, inputs: Sequence[PendingInput], half: int = 0
 ) -> None:
     """Queue inputs as if nothing had been tried; those of a half go by themselves."""
-    for one in inputs:
-        one.story, one.passed, one.failures = (), (), ()
+    for pending in inputs:
+        pending.story, pending.passed, pending.failures = (), (), ()
     queues.add_again(key, inputs, half=half)
 
 
@@ -212,8 +214,8 @@ def is_worth_a_search(inputs: Sequence[PendingInput], error: EmbeddingError) -> 
     with are kept, also those of a request that has failed, as long as somebody waits.
     """
     if is_internal_error(error):
-        return any(one.request.is_waited_for for one in inputs)
-    return any(one.is_wanted for one in inputs)
+        return any(pending.request.is_waited_for for pending in inputs)
+    return any(pending.is_wanted for pending in inputs)
 
 
 class Search:
@@ -278,9 +280,9 @@ class Search:
         else:
             self._halve(self._inputs, self._error)
 
-    def wants(self, one: PendingInput) -> bool:
+    def wants(self, pending: PendingInput) -> bool:
         """Tell whether an input is worth a call, though its request may have failed."""
-        return self.is_internal and one.is_missing and one.request.is_waited_for
+        return self.is_internal and pending.is_missing and pending.request.is_waited_for
 
     def note(
         self,
@@ -310,9 +312,9 @@ class Search:
 
     def _take_unexplained(self, inputs: Sequence[PendingInput]) -> None:
         """Take over the failures that are explained by the end of the search."""
-        self._unexplained += [one for one in inputs[0].failures if one.is_unexplained]
-        for one in inputs:
-            one.failures = tuple(f._replace(is_unexplained=False) for f in one.failures)
+        self._unexplained += [failure for failure in inputs[0].failures if failure.is_unexplained]
+        for pending in inputs:
+            pending.failures = tuple(f._replace(is_unexplained=False) for f in pending.failures)
 
     def _halve(self, inputs: Sequence[PendingInput], error: EmbeddingError) -> None:
         """Make a call for each half, if that is worth it; else this is where the search ends."""
@@ -332,7 +334,7 @@ class Search:
         halves = [
             half for half in (inputs[:middle], inputs[middle:]) if is_worth_a_search(half, error)
         ]
-        self._open = {one for half in halves for one in half}
+        self._open = {pending for half in halves for pending in half}
         self._failed, self._has_answer = [], False
         for number, half in enumerate(halves):
             self._send(half, number)
@@ -355,8 +357,8 @@ class Search:
             # They were only too much together, or fail for another reason now.
             self._finish()
             return
-        (inputs, error), *others = failed
-        self._held += [half for half, _ in others]
+        (inputs, error), *other_halves = failed
+        self._held += [half for half, _ in other_halves]
         self._halve(inputs, error)
 
     def _end(self, inputs: Sequence[PendingInput], error: EmbeddingError) -> None:
@@ -369,15 +371,15 @@ class Search:
         """Go on with what was held back, and with the next search for the same request."""
         request = self._request
         if request is None:
-            send_rest(self._queues, self._key, [one for half in self._held for one in half])
+            send_rest(self._queues, self._key, [pending for half in self._held for pending in half])
         elif self.is_internal:
             # Its request has failed, but the good inputs around further bad ones are kept as well.
             request.searches += 1
             for half in self._held:
                 if request.is_waited_for and request.searches < MAX_SEARCHES:
-                    again = Search(self._queues, self._key, self._view, half, self._error)
-                    again._has_proof = self._is_proven
-                    again.begin()
+                    search = Search(self._queues, self._key, self._view, half, self._error)
+                    search._has_proof = self._is_proven
+                    search.begin()
         else:
             for half in self._held:
                 send_rest(self._queues, self._key, half)
@@ -385,5 +387,5 @@ class Search:
             request.searching.remove(self)
             if request.searching:
                 request.searching[0].proceed()
-        for one in self._requests:
-            one.end_call()
+        for member in self._requests:
+            member.end_call()

@@ -45,7 +45,7 @@ from .error_words import (
     SCOPED_QUOTA_WORDS,
     SENTENCES_OF,
 )
-from .rate_limit_headers import reset_after, retry_after, seconds_until
+from .retry_after import reset_after, retry_after, seconds_until
 
 MAX_REASON = 500
 """Characters of a reason that clients and the log get."""
@@ -67,6 +67,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_MARKS = tuple(mark for mark, _ in _BOMS)
 _HTML = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 _TITLE = re.compile(r"<(title|h1)\b[^>]{0,200}>([^<]*)<", re.IGNORECASE)
 _MAX_TEXT = 300
@@ -161,13 +162,13 @@ def parse_json(body: bytes) -> object:
 
     Raises ValueError for a body that is not JSON.
     """
-    for mark, encoding in _BOMS:
-        if body.startswith(mark):
-            body = body[len(mark) :].decode(encoding).encode()
-            break
-    with contextlib.suppress(orjson.JSONDecodeError):
+    if body.startswith(_MARKS):
+        mark, encoding = next(bom for bom in _BOMS if body.startswith(bom[0]))
+        body = body[len(mark) :].decode(encoding).encode()
+    try:
         return orjson.loads(body)
-    return orjson.loads(_NOT_FINITE.sub(b"null", body))
+    except orjson.JSONDecodeError:
+        return orjson.loads(_NOT_FINITE.sub(b"null", body))
 
 
 def refusal(  # noqa: PLR0913 - the reply, and who gave it
@@ -337,7 +338,7 @@ def _parse(body: bytes, status: int, redact: Redact) -> _ErrorBody:
         kind=_name(_innermost(objects, "type"), redact),
         code=_name(code, redact),
         param=_name(_innermost(objects, "param"), redact),
-        codes=tuple(dict.fromkeys(found for content in objects for found in _codes(content))),
+        codes=tuple(dict.fromkeys(match for content in objects for match in _codes(content))),
         retry_delay=next((delay for delay in delays if isinstance(delay, str)), None),
         is_moderated=any(_is_moderated(content.get("metadata")) for content in objects),
         is_of_inner_provider=any(_names_provider(content.get("metadata")) for content in objects),
@@ -396,12 +397,12 @@ def _reason(value: object, depth: int = 0) -> str | None:
     if isinstance(value, str):
         return _unwrapped(value, depth)
     if isinstance(value, list):
-        reasons = [_reason(one, depth + 1) for one in value[:_MAX_PARTS]]
-        return "; ".join(one for one in reasons if one) or None
+        reasons = [_reason(text, depth + 1) for text in value[:_MAX_PARTS]]
+        return "; ".join(text for text in reasons if text) or None
     if not isinstance(value, dict):
         return None
     found_first = (_reason(value.get(name), depth + 1) for name in _REASONS)
-    reason = next((one for one in found_first if one), None)
+    reason = next((text for text in found_first if text), None)
     location = value.get("loc")
     if reason is not None and isinstance(location, list) and location:
         reason = f"{'.'.join(str(part)[:_MAX_CODE] for part in location[:10])}: {reason}"

@@ -35,6 +35,11 @@ def leave(token: Token[tuple[str, ...]]) -> None:
     _chain.reset(token)
 
 
+def chain() -> tuple[str, ...]:
+    """Return the chain of the request in progress."""
+    return _chain.get()
+
+
 def headers() -> dict[str, str]:
     """Return what is sent with a call: the header, or nothing outside of a proxy's request."""
     chain = _chain.get()

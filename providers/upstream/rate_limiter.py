@@ -23,7 +23,7 @@ from embedding_proxy.providers.base import Context, Input
 from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, Refusal
 from embedding_proxy.providers.profile import Limits
 
-from .rate_limit_headers import MAX_WAIT, allowance
+from .retry_after import MAX_WAIT, quantity, seconds_until
 
 MAX_PAUSE_S = 60.0
 """The longest pause that an upstream can ask for."""
@@ -42,11 +42,38 @@ def estimate(inputs: Sequence[Input]) -> int:
     >>> estimate(["eight letters", (1, 2, 3)])
     7
     """
-    return sum(_bytes(item) // 4 + 1 if isinstance(item, str) else len(item) for item in inputs)
+    total = 0
+    for item in inputs:
+        if not isinstance(item, str):
+            total += len(item)
+        elif item.isascii():
+            total += len(item) // 4 + 1
+        else:
+            total += len(item.encode(errors="surrogatepass")) // 4 + 1
+    return total
 
 
-def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+def allowance(
+    headers: Mapping[str, str], kind: str, now: float
+) -> tuple[float, float, float] | None:
+    """Return the limit, what is left of it, and its growth in units per second; or None.
+
+    All three headers `x-ratelimit-{limit,remaining,reset}-<kind>` are needed. `reset` is the time
+    until nothing is used any more, so what is used divided by it is the rate at which the allowance
+    grows, whatever period the upstream counts by. A reset of 0 means that it is whole now. However
+    little the headers promise, an empty allowance is whole after MAX_WAIT.
+    """
+    limit, remaining = (
+        quantity(headers.get(f"x-ratelimit-{what}-{kind}", "")) for what in ("limit", "remaining")
+    )
+    reset = seconds_until(headers.get(f"x-ratelimit-reset-{kind}", ""), now)
+    if not limit or remaining is None or reset is None:
+        return None
+    remaining, reset = min(remaining, limit), min(reset, MAX_WAIT)
+    used = limit - remaining
+    if reset == 0 or used == 0:
+        return limit, limit, limit / 60
+    return limit, remaining, max(used / reset, limit / MAX_WAIT)
 
 
 class RateLimiter:
@@ -97,6 +124,10 @@ class RateLimiter:
         """
         if not self.is_free:
             await self._wait({"requests": 1, "tokens": tokens}, deadline)
+        self.hold(tokens)
+
+    def hold(self, tokens: int) -> None:
+        """Count a call of so many tokens as under way."""
         self._in_flight["requests"] += 1
         self._in_flight["tokens"] += tokens
 
@@ -197,21 +228,22 @@ class RateLimiter:
         raise LocalQueueFull(self._provider, message, refusal)
 
     def learn(self, headers: Mapping[str, str]) -> None:
-        """Take over the limits in the headers of a reply; see `rate_limit_headers.allowance`.
+        """Take over the limits in the headers of a reply; see `allowance`.
 
         Whatever the headers say, and however many calls are under way, no later call waits longer
         than MAX_WAIT because of them.
         """
-        now, wall = self._clock(), self._wall_clock()
         for kind in ("requests", "tokens"):
-            learned = allowance(headers, kind, wall)
+            if f"x-ratelimit-limit-{kind}" not in headers:
+                continue
+            learned = allowance(headers, kind, self._wall_clock())
             if learned is None:
                 continue
             limit, remaining, per_s = learned
             # The calls under way may not be counted in what remains.
             level = remaining - self._in_flight[kind]
             per_s = max(per_s, (limit - level) / MAX_WAIT)
-            self._buckets[kind] = Bucket(limit, level, per_s, now)
+            self._buckets[kind] = Bucket(limit, level, per_s, self._clock())
 
     def pause(self, seconds: float) -> None:
         """Let no call through for so long: the upstream asked for it when it refused a call.
@@ -318,7 +350,11 @@ class _Slot:
         try:
             if is_free and queue.connections is None:
                 # There is nothing to wait for, so no timeout is needed.
-                await self._enter(until)
+                learned.hold(self._tokens)
+                declared.hold(self._tokens)
+                self._held += (learned, declared)
+                await queue.slots.acquire()
+                self._held.append(queue.slots)
             else:
                 async with asyncio.timeout_at(until):
                     await self._enter(until)

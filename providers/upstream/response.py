@@ -6,7 +6,7 @@ vector leaves this module. `error_reply` reads the replies that are errors.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Input, Space, Vector
@@ -24,8 +24,7 @@ _MAX_NAMED = 3
 """Bad vectors that an error describes; of the others it gives the number."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedReply:
+class CheckedReply(NamedTuple):
     """The checked content of a reply.
 
     Of n inputs, `indices` and `problems` name each exactly once, and there is at least one good
@@ -55,6 +54,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     *,
     status: int = 200,
     unit_norm: bool = False,
+    model: str = "",
     redact: error_reply.Redact = error_reply.redact_nothing,
     hide: error_reply.Redact = error_reply.redact_nothing,
     url: str = "",
@@ -67,8 +67,8 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     Raises MalformedResponse for a body that is not a JSON object. Raises InvalidAnswer unless there
     is exactly one embedding for each input, the indices are a permutation or can be deduced, and at
     least one vector is good. Raises the error that the reply holds, if it holds one (OpenRouter,
-    vLLM). `redact` and `hide` are those of `error_reply.refusal`. The `charge` of these errors is
-    what the reply says that it cost.
+    vLLM). `model` is the one that was asked for. `redact` and `hide` are those of
+    `error_reply.refusal`. The `charge` of these errors is what the reply says that it cost.
     """
     try:
         reply = error_reply.parse_json(body)
@@ -97,13 +97,16 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     except InvalidAnswer as error:
         error.charge = charge
         raise
-    model = reply.get("model")
+    name = reply.get("model")
+    if name != model:
+        name = redact(name) if isinstance(name, str) else None
+    indices = sorted(vectors)
     return CheckedReply(
-        vectors=[vectors[index] for index in sorted(vectors)],
-        indices=sorted(vectors),
+        vectors=[vectors[index] for index in indices],
+        indices=indices,
         problems=dict(sorted(problems.items())),
         charge=charge,
-        model=redact(model) if isinstance(model, str) and model else None,
+        model=name or None,
         is_numbered=is_numbered,
     )
 

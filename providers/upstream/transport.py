@@ -13,8 +13,9 @@ import errno
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import aiohttp
@@ -33,14 +34,17 @@ from embedding_proxy.providers.errors import (
     UpstreamTimeout,
 )
 from embedding_proxy.providers.histogram import Histogram
+from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.providers.network import BaseUrl, ForeignOrigin, Network
 from embedding_proxy.providers.profile import Timeouts
+from yarl import URL
 
 from . import hops
 from .content_encoding import ACCEPT_ENCODING, PIECE, DecodeError, Decoder
 
 PROXY_CREDENTIALS_REFUSED = "HTTP proxy: it refuses the credentials, or wants some (407)"
 _DIRECT = Network()
+_MAX_URLS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,13 @@ class Transport:
         self._provider = provider
         self._base_url = base_url.rstrip("/")
         self._base = BaseUrl(base_url)
-        own = {"Accept-Encoding": ACCEPT_ENCODING, "Content-Type": "application/json"}
-        self._headers = {**headers, **own}
+        fixed = {"Accept-Encoding": ACCEPT_ENCODING, "Content-Type": "application/json"}
+        self._headers = {**headers, **fixed}
         self._timeouts = timeouts
         self._connections = connections
         self._network = network
+        self._urls = LRUCache[str, URL](_MAX_URLS)
+        """The verified address of each path."""
         self._connect_timeout = aiohttp.ClientTimeout(
             total=None, connect=min(timeouts.connect_s, timeouts.total_s)
         )
@@ -115,17 +121,19 @@ class Transport:
             if session is not self._session:
                 await session.close()
 
-    async def post(
+    async def post(  # noqa: PLR0913, PLR0917 - what is sent, and who is told
         self,
         path: str,
         payload: bytes,
         limit: int,
         context: Context,
         headers: Mapping[str, str] | None = None,
+        on_sent: Callable[[], None] | None = None,
     ) -> Reply:
         """POST `payload` and return the whole reply, decoded, of at most `limit` bytes, any status.
 
-        `headers` are sent with this call alone, beside those of all calls.
+        `headers` are sent with this call alone, beside those of all calls. `on_sent` is called when
+        it was sent: what it does takes no time of those who wait for the upstream.
         A reply that has begun within the attempt's time is read for EXTRA_SHARE of that time longer
         at most: it is paid for. `context.attempt` is told when the request is sent, and when the
         reply begins.
@@ -137,8 +145,8 @@ class Transport:
         LoopDetected for a 508.
         """
         now = asyncio.get_running_loop().time()
-        left = None if context.deadline is None else context.deadline - now
-        if left is not None and left <= 0:
+        time_left = None if context.deadline is None else context.deadline - now
+        if time_left is not None and time_left <= 0:
             raise DeadlineExceeded("the time of the request was up before it could be sent")
         session = self._session
         if session is None:
@@ -146,8 +154,8 @@ class Transport:
         total = self._timeouts.total_s
         longest = total * (1 + EXTRA_SHARE)
         timeout = self._connect_timeout
-        if left is not None and not context.finishes_calls:
-            total, longest = min(total, left), min(longest, left)
+        if time_left is not None and not context.finishes_calls:
+            total, longest = min(total, time_left), min(longest, time_left)
             connect = min(self._timeouts.connect_s, total)
             timeout = aiohttp.ClientTimeout(total=None, connect=connect)
         first_byte = min(self._timeouts.first_byte_s or total, total)
@@ -158,10 +166,12 @@ class Transport:
         try:
             async with asyncio.timeout_at(now + first_byte):
                 response = await session.post(
-                    self._base.join(path),
-                    data=_Payload(payload, attempt),
+                    # No call leaves this address, so the session's guard has nothing to verify.
+                    self._urls.get_or_make(path, partial(self._base.join, path)),
+                    data=_Payload(payload, attempt, on_sent),
                     headers={**(headers or {}), **hops.headers(), **request_context.headers()},
                     allow_redirects=False,
+                    middlewares=(),
                     timeout=timeout,
                 )
             async with response:
@@ -172,7 +182,7 @@ class Transport:
             return Reply(response.status, response.headers, body)
         except (TimeoutError, aiohttp.ClientError, ssl.SSLError, OSError) as error:
             failure = error
-            raise self._error(error, now, None if context.finishes_calls else left) from error
+            raise self._error(error, now, None if context.finishes_calls else time_left) from error
         except Unreachable as error:
             failure = error
             raise
@@ -181,11 +191,11 @@ class Transport:
             attempt.end()
             await self._return(session, failure)
 
-    def _error(self, error: BaseException, since: float, left: float | None) -> EmbeddingError:
+    def _error(self, error: BaseException, since: float, time_left: float | None) -> EmbeddingError:
         """Return what a call fails with that had so many seconds left, None = any number."""
         if isinstance(error, TimeoutError):
             taken = asyncio.get_running_loop().time() - since
-            if left is not None and taken >= left:
+            if time_left is not None and taken >= time_left:
                 return DeadlineExceeded("the time of the request was up")
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 address = self._network.address_of(self._base_url)
@@ -263,14 +273,20 @@ async def _wait_for(content: aiohttp.StreamReader, until: float) -> bytes:
 class _Payload(aiohttp.BytesPayload):
     """The body of a request; it notes when it is sent: until then the upstream charges nothing."""
 
-    def __init__(self, value: bytes, attempt: Attempt) -> None:
+    def __init__(
+        self, value: bytes, attempt: Attempt, on_sent: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(value)
         self._attempt = attempt
+        self._on_sent = on_sent
 
     async def write_with_length(
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         self._attempt.is_sent = True
+        if self._on_sent is not None:
+            asyncio.get_running_loop().call_soon(self._on_sent)
+            self._on_sent = None
         await super().write_with_length(writer, content_length)
 
 

@@ -11,7 +11,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from time import perf_counter
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
@@ -23,8 +23,8 @@ from .connection import Connection
 from .connection_limits import ConnectionLimits
 from .errors import INTERNAL, Failure, new_request_id
 from .pace import UnreadReplies
-from .request_log import RequestLog, has_own_id
-from .request_metrics import RequestMetrics
+from .request_log import BEGIN, REQUEST_ID, RequestLog, has_own_id
+from .request_metrics import CLIENT_GONE, EMBEDDINGS, RequestMetrics
 from .response_cache import CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
@@ -140,6 +140,8 @@ class Runner:
         self._generation = _Generation(app)
         self._retiring: set[asyncio.Task[None]] = set()
         """What waits for the end of former applications."""
+        self._answers: set[asyncio.Task[None]] = set()
+        """The requests that are answered without aiohttp."""
         self._is_stopping = asyncio.Event()
         self._shutdown_timeout = shutdown_timeout
         self.limits = app.get(LIMITS, ConnectionLimits(_NO_LIMITS))
@@ -261,8 +263,12 @@ class Runner:
             tell()
         if callbacks:
             await self._until_lost(_GOODBYE_SECONDS)
+        for task in self._answers:
+            task.cancel()
         if self._server is not None:
             await self._server.shutdown(min(self._shutdown_timeout, _LAST_SECONDS))
+        if self._answers:
+            await asyncio.wait(self._answers, timeout=_LAST_SECONDS)
         for connection in list(self.connections):
             connection.force_close()
         self._is_stopping.set()
@@ -293,6 +299,45 @@ class Runner:
             client = "" if context is None else context.caller.client
             self.lines.write_hit(response.head, response.body, own, client, seconds)
 
+    def answer(self, connection: Connection, key: RequestKey, start: float) -> None:
+        """Answer a request whose head is known, without aiohttp; see `connection.Server`."""
+        key.start, key.request_id = start, new_request_id()
+        # From this moment on it is a request of this application, which may be replaced.
+        requests = ExitStack()
+        requests.enter_context(self._generation.request())
+        work = self._answer_known(connection, key, self.responses)
+        task = asyncio.get_running_loop().create_task(work)
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+        task.add_done_callback(lambda _: requests.close())
+
+    async def _answer_known(
+        self, connection: Connection, key: RequestKey, responses: ResponseCache
+    ) -> None:
+        """Answer a parsed request; if that fails, its handler raises the failure."""
+        requests, lines, response = self.requests, self.lines, None
+        requests.in_flight += 1
+        try:
+            answer = await responses.answer(key, lambda: connection.is_listening)
+            response = answer.response
+        except Exception as error:  # noqa: BLE001 - the handler raises it
+            key.failure = error
+        finally:
+            requests.in_flight -= 1
+        transport = connection.transport
+        is_lost = transport is None or transport.is_closing()
+        connection.end_answer(response, key.request_id)
+        seconds = perf_counter() - key.start
+        if response is None:
+            if is_lost:
+                reason = type(key.failure).__name__
+                log.info("request %s failed when its client had left: %s", key.request_id, reason)
+                requests.observe(EMBEDDINGS, CLIENT_GONE, seconds)
+            return
+        requests.observe(EMBEDDINGS, 200, seconds)
+        client = "" if key.context is None else key.context.caller.client
+        lines.write_answer(key.request_id, client, answer, seconds)
+
     def _make_request(
         self,
         message: RawRequestMessage,
@@ -317,12 +362,15 @@ class Runner:
         request[_IS_WAITING] = expected is not None and expected.lower() == "100-continue"
         if connection is not None:
             request[CONNECTION] = connection
+            key = connection.key
+            if key is not None and key.failure is not None:
+                request[REQUEST_ID], request[BEGIN] = key.request_id, key.start
         return request
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request to the last byte, so that the connection knows when that was sent."""
         connection = request[CONNECTION]
-        connection.handle()
+        connection.is_handled = True
         generation = self._generation
         with generation.request():
             return await self._answer(request, connection, generation)

@@ -2,28 +2,28 @@
 
 It sees all bytes in both directions, and hands aiohttp one request at a time: a whole head, then
 its body. What waits behind that is handed on when the reply was sent. So it always knows whether a
-request is in progress, and where none is it may answer by itself (`response_cache`). A request is
-in progress from the moment when its head has come.
+request is in progress: from the moment when its head has come. Where none is it may answer by
+itself (`response_cache`), or have the server answer without aiohttp.
 
 It closes gaps of aiohttp's: a head has a time limit, before the first request too; a reply has to
 be taken in time (`pace`); the number of connections is bounded (`connection_limits`); who stops
 sending amid a body is told so; what is no HTTP is refused in OpenAI's shape; drips cost next to
-nothing; and when the proxy stops, what was begun is answered.
-
-What is unusual is handed through as it comes, and the connection ends with it.
+nothing; and when the proxy stops, what was begun is answered. What is unusual is handed through as
+it comes, and the connection ends with it.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
 from time import perf_counter
-from typing import Protocol, cast
+from typing import cast
 
 from aiohttp import StreamReader, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
 
-from .connection_limits import NO_ROOM, ConnectionLimits, RefusedConnection, write_refusal
+from .connection_limits import NO_ROOM, RefusedConnection, write_refusal
+from .connection_server import ConnectionServer
 from .errors import Failure, new_request_id
 from .framing import (
     HEAD_END,
@@ -36,9 +36,9 @@ from .framing import (
     refusal,
 )
 from .inner_transport import InnerTransport
-from .pace import SendWatch, Timer, UnreadReplies, keep_alive, reset_unsent, unread
+from .pace import SendWatch, Timer, keep_alive, reset_unsent, unread
 from .request_body import MalformedBody
-from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
+from .response_cache import MAX_REQUEST, CachedResponse, RequestKey
 
 log = logging.getLogger("embedding_proxy.connection")
 
@@ -50,33 +50,10 @@ MAX_BUFFER = 1 << 16
 """Bytes that wait behind the request in progress; then no more is read."""
 
 
-class Server(Protocol):
-    """What the connections share."""
-
-    limits: ConnectionLimits
-    unread: UnreadReplies
-    responses: ResponseCache
-    head_timeout_s: float
-    send_timeout_s: float
-    connections: "set[Connection]"
-    fronts: "dict[web.RequestHandler, Connection]"
-    """The connection in front of each of aiohttp's protocol objects."""
-    is_retiring: bool
-    """Whether each connection is closed behind its next reply, which says so."""
-    is_lost: asyncio.Event
-    """Set whenever one of the connections is no more."""
-
-    def new_inner(self) -> web.RequestHandler:
-        """Return another protocol object of aiohttp's."""
-
-    def note_hit(self, key: RequestKey, response: CachedResponse, own: str, start: float) -> None:
-        """Count a request that was answered here; `start` is on the clock of `perf_counter`."""
-
-
 class Connection(asyncio.Protocol):
     """The protocol object of one connection."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ConnectionServer["Connection"]) -> None:
         self._server = server
         self._loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
@@ -98,12 +75,14 @@ class Connection(asyncio.Protocol):
         self._keepalive = Timer(self._loop, self._check_idle)
         self._idle_since = self._loop.time()
         # Of the request in progress:
+        self._size = 0  # Bytes of the one that the server answers: they stand before all others.
         self._body: StreamReader | None = None
         self._framer = BodyFramer(0)
         self.key: RequestKey | None = None
         """What it is known by; None if it is not to be answered from what was kept."""
-        self._is_handled = self._is_answered = self._is_upgrade = False
-        self._is_broken = self._is_closing = False
+        self.is_handled = False
+        """Whether it has a handler: what is written is its reply."""
+        self._is_answered = self._is_upgrade = self._is_broken = self._is_closing = False
         self._unhandled: list[bytes] = []
         """What aiohttp wrote without any handler: why a request cannot be read."""
         self.has_left = False
@@ -128,9 +107,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Take note that the connection is no more."""
         self._server.limits.leave(self)
-        for timer in (self._head_deadline, self._hold, self._keepalive):
+        for timer in (self._head_deadline, self._hold, self._keepalive, self._send_watch):
             timer.stop()
-        self._send_watch.stop()
         self.transport = None
         self._phase = Phase.OVER
         if self._inner is not None:
@@ -196,7 +174,7 @@ class Connection(asyncio.Protocol):
         elif self._phase is Phase.THROUGH:
             if self._inner is not None:
                 self._inner.data_received(data)
-        elif self._phase is Phase.BODY and not self._is_broken:
+        elif self._phase is not Phase.OVER and not self._is_broken:
             self._received = self._received + data if self._received else data
             if self._body is not None and not self._framer.is_complete:
                 self._hand_body_on()
@@ -223,9 +201,18 @@ class Connection(asyncio.Protocol):
             response = responses.get(key, body)
             if response is not None:
                 self._received = data[request.end :]
-                self._server.note_hit(key, response, self._reply(response), start)
+                own = new_request_id()
+                self._reply(response, own)
+                self._server.note_hit(key, response, own, start)
                 return
             self.key = key
+            if key.is_parsed:
+                self._phase, self._size, self._framer = Phase.ANSWER, request.end, BodyFramer(0)
+                self._hold.stop()
+                self._head_deadline.stop()
+                self._server.limits.busy(self)
+                self._server.answer(self, key, start)
+                return
         elif request is not None and request.end <= MAX_REQUEST and not is_expecting(request.head):
             self._server.limits.busy(self)
             self._head_deadline.start(self._server.head_timeout_s)
@@ -246,10 +233,27 @@ class Connection(asyncio.Protocol):
         elif self._received:
             self._head_deadline.start(self._server.head_timeout_s)
 
-    def _reply(self, response: CachedResponse) -> str:
-        """Write a response, and return the id that it got."""
+    def end_answer(self, response: CachedResponse | None, own: str) -> None:
+        """Write what the server has answered; None = aiohttp has to take the request up."""
+        if self._phase is not Phase.ANSWER:
+            return
+        self._phase = Phase.HEAD
+        if response is None:
+            self._hand_head_on()
+        else:
+            self.key, self._received = None, self._received[self._size :]
+            self._reply(response, own)
+            self._server.limits.idle(self)
+        self._balance_reading()
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether the client is there, and has not closed its direction of the connection."""
+        return not (self.has_left or self.transport is None or self.transport.is_closing())
+
+    def _reply(self, response: CachedResponse, own: str) -> None:
+        """Write a response with this id."""
         assert self.transport is not None  # noqa: S101
-        own = new_request_id()
         ids = f"x-request-id: {own}\r\nDate: {rfc822_formatted_time()}\r\n".encode()
         last = b"Connection: close\r\n" if self.is_last else b""
         self.transport.write(b"".join((response.head, ids, last, b"\r\n", response.body)))
@@ -261,7 +265,6 @@ class Connection(asyncio.Protocol):
         self._has_ended |= bool(last)
         if self._received or last:
             self._loop.call_soon(self._take_next)
-        return own
 
     def _hand_head_on(self) -> None:
         """Hand a whole head to aiohttp; if it is unusual, with all that comes behind it."""
@@ -299,7 +302,7 @@ class Connection(asyncio.Protocol):
     def begin(self, message: RawRequestMessage, body: StreamReader) -> None:
         """Hand the body on: aiohttp has read a head, or failed to."""
         self._head_deadline.stop()
-        self._is_handled = False
+        self.is_handled = False
         self._body = body
         self._is_upgrade = bool(message.upgrade)
         if self._phase is not Phase.BODY:
@@ -361,10 +364,6 @@ class Connection(asyncio.Protocol):
         """
         self._framer.min_part = max_bytes
 
-    def handle(self) -> None:
-        """Take note that the request in progress has a handler: what comes is its reply."""
-        self._is_handled = True
-
     def finish(self, *, is_kept_open: bool) -> None:
         """Take note that the whole reply was written."""
         self._is_answered = True
@@ -397,7 +396,7 @@ class Connection(asyncio.Protocol):
 
     def _write(self, parts: list[bytes]) -> None:
         """Write what aiohttp has to say; what it says without a handler takes another form."""
-        if not self._is_handled:
+        if not self.is_handled:
             self._unhandled += parts
             return
         if self.transport is None:
@@ -415,7 +414,7 @@ class Connection(asyncio.Protocol):
 
     def _close_inner(self) -> None:
         """Close the connection as aiohttp wants it; refuse a request that it could not read."""
-        if self._is_handled or not self._unhandled:
+        if self.is_handled or not self._unhandled:
             self.close()
             return
         _, _, why = b"".join(self._unhandled).partition(HEAD_END)
@@ -462,7 +461,8 @@ class Connection(asyncio.Protocol):
             return HEAD_END in self._received
         if self._phase is Phase.OVER:
             return False
-        if self._body is not None:  # Else aiohttp may refuse in the next turn what it has read.
+        # Else aiohttp may refuse in the next turn what it has read.
+        if self._body is not None or self._phase is Phase.ANSWER:
             self._end_input()
         return True
 

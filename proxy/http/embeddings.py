@@ -6,13 +6,16 @@ from functools import partial
 
 import orjson
 from aiohttp import web
+from embedding_proxy.providers import request_context
 from embedding_proxy.providers.base import Vector
 from embedding_proxy.providers.charge import NANO
+from embedding_proxy.providers.upstream import hops
 from embedding_proxy.proxy.http.pace import UnreadReplies
 from embedding_proxy.proxy.http.request_log import MODEL, USD
 from embedding_proxy.proxy.http.response_cache import (
     CONTEXT,
     REUSE,
+    Answer,
     CachedResponse,
     HitCache,
     Hits,
@@ -40,7 +43,7 @@ _CHUNKS_AT_A_TIME = 4
 
 
 class Embeddings:
-    """Answers embedding requests from a service."""
+    """Answers embedding requests from a service: `http.response_cache.EmbeddingHandler`."""
 
     def __init__(
         self,
@@ -65,59 +68,94 @@ class Embeddings:
         )
         model = request.match_info.get("model")
         key, digest = request[CONNECTION].key, None
-        asked = None
+        embedding_request = None
         if key is not None:
             # Of this request and no other.
-            asked, key.embedding_request = key.embedding_request, None
-        if asked is None or asked.lookup is None:
+            parsed, key.embedding_request = key.embedding_request, None
+            if key.failure is not None:
+                request[MODEL] = "" if parsed is None else parsed.model
+                raise key.failure
+            if key.handler is self:
+                embedding_request = parsed
+        if embedding_request is None or embedding_request.lookup is None:
             digest = await self._hit_cache.digest(body, caller, control, model)
-        found = await self._hit_cache.get(digest)
-        if found is not None:
-            hits, vectors = found
+        cached = await self._hit_cache.get(digest)
+        if cached is not None:
+            hits, vectors = cached
             if vectors and self._hit_cache.has_room(hits):
                 hits = await self._render(hits, vectors)
                 self._hit_cache.put(digest, hits)
             return await self._send(request, hits, vectors)
-        if asked is None:
+        if embedding_request is None:
             named = partial(request.__setitem__, MODEL)
             parse = partial(openai_format.parse, body, self._max_inputs, model, named)
-            asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
-        request[MODEL] = asked.model
+            embedding_request = (
+                parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
+            )
+        request[MODEL] = embedding_request.model
         waiting = caller._replace(is_connected=partial(_is_connected, request))
-        result = await self._service.answer(asked, waiting, control)
+        result = await self._service.answer(embedding_request, waiting, control)
         request[USD] = result.usage.nanodollars_billed / NANO
-        hits = self._hits(asked, result)
+        hits = self._hits(embedding_request, result)
         self._hit_cache.put(digest, hits)
         if not (caller.api_key or "Content-Encoding" in request.headers):
-            request[CONTEXT] = RequestContext(caller, control, model)
+            passed, trace = hops.chain(), request_context.traceparent.get()
+            request[CONTEXT] = RequestContext(caller, control, model, passed, trace)
         return await self._send(request, hits, result.embedded.vectors)
 
     def parse_sync(self, body: bytes, context: RequestContext) -> tuple[EmbeddingRequest, bytes]:
-        """Return what a body asks for, and what of it decides the answer; see `SyncHandler`."""
-        asked = openai_format.parse(body, self._max_inputs, context.model)
-        if len(asked.inputs) > _FEW or asked.parameters or asked.index is not NO_INDEX_OPTIONS:
-            return asked, b""
-        essence = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
-        return asked, orjson.dumps(essence)
+        """Return what a body asks for, and what of it decides the answer; see the protocol."""
+        request = openai_format.parse(body, self._max_inputs, context.model)
+        if (
+            len(request.inputs) > _FEW
+            or request.parameters
+            or request.index is not NO_INDEX_OPTIONS
+        ):
+            return request, b""
+        essence = (
+            request.model,
+            request.encoding,
+            request.dimensions,
+            request.inputs,
+        )
+        return request, orjson.dumps(essence)
 
     def handle_sync(
-        self, asked: EmbeddingRequest, context: RequestContext
+        self, request: EmbeddingRequest, context: RequestContext
     ) -> CachedResponse | None:
-        """Answer one request if nothing has to be waited for; see `SyncHandler`."""
-        result = self._service.embed_from_cache(asked, context.caller, context.control)
+        """Answer one request if nothing has to be waited for; see the protocol."""
+        result = self._service.embed_from_cache(request, context.caller, context.control)
         if result is None:
             return None
-        hits, vectors = self._hits(asked, result), result.embedded.vectors
-        body = openai_format.render_whole(vectors, hits.form, self._json_cache.json)
-        own = header_lines((*hits.headers.items(), ("Content-Length", str(len(body)))))
-        return CachedResponse(context.lines + own, body, _reuse(hits, vectors), len(vectors))
+        return self._whole(self._hits(request, result), result.embedded.vectors, context)
 
-    def _hits(self, asked: EmbeddingRequest, result: Result) -> Hits:
+    async def handle(
+        self,
+        request: EmbeddingRequest,
+        context: RequestContext,
+        is_connected: Callable[[], bool],
+    ) -> Answer:
+        """Answer one request of few inputs; see the protocol."""
+        caller = context.caller._replace(is_connected=is_connected)
+        result = await self._service.answer(request, caller, context.control)
+        hits = self._hits(request, result)
+        response = self._whole(hits, result.embedded.vectors, context)
+        usd = result.usage.nanodollars_billed / NANO
+        return Answer(response, request.model, hits.headers, usd)
+
+    def _whole(
+        self, hits: Hits, vectors: Sequence[Vector], context: RequestContext
+    ) -> CachedResponse:
+        body = openai_format.render_whole(vectors, hits.form, self._json_cache.json)
+        headers = header_lines((*hits.headers.items(), ("Content-Length", str(len(body)))))
+        return CachedResponse(context.lines + headers, body, _reuse(hits, vectors), len(vectors))
+
+    def _hits(self, request: EmbeddingRequest, result: Result) -> Hits:
         form = openai_format.ResponseFormat(
-            result.dimensions, asked.encoding, asked.model, result.tokens
+            result.dimensions, request.encoding, request.model, result.tokens
         )
-        cached_hit = self._service.reusable(result, asked.index)
-        return Hits(form, _headers(result), cached_hit, len(asked.inputs))
+        cached_hit = self._service.reusable(result, request.index)
+        return Hits(form, _headers(result), cached_hit, len(request.inputs))
 
     async def _send(
         self, request: web.Request, hits: Hits, vectors: Sequence[Vector]
@@ -176,10 +214,7 @@ class Embeddings:
 
 
 def _is_connected(request: web.Request) -> bool:
-    """Tell whether the client is there, and has not closed its direction of the connection."""
-    if request[CONNECTION].has_left:
-        return False
-    return request.transport is not None and not request.transport.is_closing()
+    return request.transport is not None and request[CONNECTION].is_listening
 
 
 def _reuse(hits: Hits, vectors: Sequence[Vector]) -> Callable[[], bool] | None:

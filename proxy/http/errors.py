@@ -32,7 +32,7 @@ from embedding_proxy.providers.errors import (
     UpstreamTimeout,
 )
 from embedding_proxy.providers.routing.policy import is_transient
-from embedding_proxy.providers.upstream.rate_limit_headers import tellable
+from embedding_proxy.providers.upstream.retry_after import client_wait
 
 RETRY_SECONDS = 1
 """What `Retry-After` says of a passing failure when the upstream said nothing."""
@@ -57,7 +57,7 @@ class Failure:
             headers["x-should-retry"] = "false"
         else:
             # Whole seconds (RFC 9110), rounded up; the exact wait where clients know the header.
-            wait = tellable(self.retry_after)
+            wait = client_wait(self.retry_after)
             headers["Retry-After"] = str(math.ceil(wait))
             headers["retry-after-ms"] = str(round(wait * 1000))
         return web.Response(

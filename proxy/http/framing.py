@@ -54,12 +54,12 @@ def plain_request(data: bytes, head_end: int) -> PlainRequest | None:
         return None
     # Without regard to case, it takes longer to find than all the rest.
     place = max(data.find(b"\r\nContent-Length:", 0, head_end), 0)
-    found = _LENGTH.search(data, place, head_end + len(_CRLF))
-    if found is None:
+    match = _LENGTH.search(data, place, head_end + len(_CRLF))
+    if match is None:
         return None
-    head = data[: found.start(1)] + data[found.end(1) : head_end]
+    head = data[: match.start(1)] + data[match.end(1) : head_end]
     begin = head_end + len(HEAD_END)
-    return PlainRequest(head, begin, begin + int(found[1]))
+    return PlainRequest(head, begin, begin + int(match[1]))
 
 
 def is_expecting(head: bytes) -> bool:
@@ -89,8 +89,8 @@ def refusal(problem: str) -> Failure:
     # The beginning says what is wrong; the rest quotes.
     problem = (problem.splitlines() or [""])[0].partition(": b")[0].rstrip(":. ")
     is_quoted = "/" in problem or "@" in problem or not problem.isprintable() or problem == "*"
-    said = "its target cannot be read" if is_quoted or not problem else problem[:_MAX_PROBLEM]
-    return Failure(400, f"The request is not valid HTTP: {said}.", "invalid_request_error")
+    reason = "its target cannot be read" if is_quoted or not problem else problem[:_MAX_PROBLEM]
+    return Failure(400, f"The request is not valid HTTP: {reason}.", "invalid_request_error")
 
 
 class BodyFramer:
@@ -123,15 +123,15 @@ class BodyFramer:
 
         A body in chunks is handed on in chunks, which are well formed. Raises MalformedChunks.
         """
-        content, rest = (self._decode if self._is_chunked else self._count)(data)
+        content, remainder = (self._decode if self._is_chunked else self._count)(data)
         self._content = self._content + content if self._content else content
         if len(self._content) < self.min_part and not self.is_complete:
-            return b"", rest
+            return b"", remainder
         content, self._content = self._content, b""
         if self._is_chunked:
             content = b"%x\r\n%b\r\n" % (len(content), content) if content else b""
             content += b"0\r\n\r\n" if self.is_complete else b""
-        return content, rest
+        return content, remainder
 
     def _count(self, data: bytes) -> tuple[bytes, bytes]:
         content = data if len(data) <= self._left else data[: self._left]
@@ -192,6 +192,8 @@ class Phase(enum.Enum):
     """No request is in progress."""
     BODY = enum.auto()
     """One is: its head was handed on."""
+    ANSWER = enum.auto()
+    """One is: the server answers it without aiohttp."""
     THROUGH = enum.auto()
     """All that comes is handed on as it comes."""
     OVER = enum.auto()

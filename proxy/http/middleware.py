@@ -15,7 +15,7 @@ from .cors import Cors
 from .errors import Failure
 from .origin_check import OriginCheck
 from .request_body import BodyRefused
-from .request_log import REQUEST_ID, STARTED, RequestLog, identify, log_request
+from .request_log import BEGIN, REQUEST_ID, STARTED, RequestLog, identify, log_request
 from .request_metrics import CLIENT_GONE, LOGGED_ROUTES, RequestMetrics, route_name
 from .target import REMEDY, may_be_embeddings
 
@@ -49,7 +49,7 @@ def request_middleware(
     @web.middleware
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         identify(request)
-        status, start = CLIENT_GONE, perf_counter()
+        status, start = CLIENT_GONE, request.get(BEGIN) or perf_counter()
         requests.in_flight += 1
         try:
             refused = _refuse(request, access, cors, origin_check)

@@ -74,10 +74,10 @@ def parse(
     user = fields.pop("user", None)
     if user is not None:
         user = parse_string("user", user)
-    value, wish = fields.pop("input", None), fields.pop("index", None)
+    value, index_field = fields.pop("input", None), fields.pop("index", None)
     further = classify(fields)
     inputs = parse_input(value, max_inputs)
-    index = parse_index_options(wish, len(inputs))
+    index = parse_index_options(index_field, len(inputs))
     return EmbeddingRequest(
         model, inputs, dimensions, encoding, user, further.parameters, index, further.neutral
     )
@@ -112,10 +112,10 @@ def _half_pair(value: object, path: tuple[str | int, ...]) -> tuple[str | int, .
     if isinstance(value, list):
         paths = (_half_pair(item, (*path, i)) for i, item in enumerate(value))
     elif isinstance(value, dict):
-        shown = ((ascii(name)[1:-1][:100], name, item) for name, item in value.items())
+        fields = ((ascii(name)[1:-1][:100], name, item) for name, item in value.items())
         paths = (
             _half_pair(item, (*path, plain)) if _is_unicode(name) else (*path, plain)
-            for plain, name, item in shown
+            for plain, name, item in fields
         )
     else:
         return None

@@ -33,7 +33,7 @@ from embedding_proxy.providers.upstream.content_encoding import (
     DecodeError,
     Decoder,
 )
-from embedding_proxy.providers.upstream.rate_limit_headers import told_header
+from embedding_proxy.providers.upstream.retry_after import client_header
 from embedding_proxy.providers.upstream.transport import PROXY_CREDENTIALS_REFUSED, failure_reason
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.target import path_of
@@ -296,7 +296,9 @@ def reply_headers(headers: CIMultiDictProxy[str], now: float | None = None) -> C
     """
     now = time.time() if now is None else now
     returned = _filter_headers(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
-    rewritten = ((name, told_header(name.lower(), value, now)) for name, value in returned.items())
+    rewritten = (
+        (name, client_header(name.lower(), value, now)) for name, value in returned.items()
+    )
     return CIMultiDict((name, value) for name, value in rewritten if value is not None)
 
 

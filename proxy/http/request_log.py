@@ -17,6 +17,7 @@ from embedding_proxy.providers import request_context
 from embedding_proxy.proxy.service.request import CALLER
 
 from . import errors
+from .response_cache import Answer
 
 log = logging.getLogger("embedding_proxy.requests")
 
@@ -38,6 +39,8 @@ MODEL = web.RequestKey("model", str)
 """The model that a request asks for, as soon as it is known."""
 USD = web.RequestKey("usd", float)
 """What it was billed, in US dollars."""
+BEGIN = web.RequestKey("begin", float)
+"""When its answer began, on the clock of `perf_counter`, where that was before its handler."""
 STARTED = web.RequestKey("started", bool)
 """Set when a reply has begun."""
 
@@ -46,7 +49,7 @@ def identify(request: web.Request) -> None:
     """Give a request its id: the client's own if that is well-formed, a new one otherwise."""
     chosen = (value for name in CLIENT_HEADERS for value in request.headers.getall(name, ()))
     own = next((value for value in chosen if _WELL_FORMED.fullmatch(value)), None)
-    request[REQUEST_ID] = own = own or errors.new_request_id()
+    request[REQUEST_ID] = own = own or request.get(REQUEST_ID) or errors.new_request_id()
     request_context.request_id.set(own)
     parent = request.headers.get(request_context.TRACEPARENT, "")
     request_context.traceparent.set(request_context.parse_traceparent(parent))
@@ -123,6 +126,16 @@ class RequestLog:
             "model": "" if model is None else str(orjson.loads(model[1])),
         }
         self._write(fields, headers, 200, seconds, 0.0)
+
+    def write_answer(self, own: str, client: str, answer: Answer, seconds: float) -> None:
+        """Write the line of a request that was answered without aiohttp."""
+        if self.has_room(time.perf_counter()):
+            fields: dict[str, object] = {
+                "request_id": own,
+                "client": client,
+                "model": answer.model,
+            }
+            self._write(fields, answer.headers, 200, seconds, answer.usd)
 
     def _write(
         self,

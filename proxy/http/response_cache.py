@@ -20,10 +20,11 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from aiohttp import web
 from embedding_proxy.cache.cached_hit import Reusable
-from embedding_proxy.providers import vector
+from embedding_proxy.providers import request_context, vector
 from embedding_proxy.providers.base import Vector
 from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.lru_cache import LRUCache
+from embedding_proxy.providers.upstream import hops
 from embedding_proxy.proxy.service.request import Client, EmbeddingRequest
 
 from .openai_format import ResponseFormat
@@ -54,6 +55,9 @@ class RequestContext(NamedTuple):
     """Its `Cache-Control`."""
     model: str | None
     """The model that its path named."""
+    hops: tuple[str, ...] = ()
+    """The proxies that it has passed (`upstream.hops`)."""
+    traceparent: str = ""
     lines: bytes = b""
     """How all responses to such a head begin: status line and headers, each with its CRLF."""
 
@@ -100,10 +104,36 @@ class RequestKey:
     """Digest of that and the body; empty if there is no room for any response."""
     embedding_request: EmbeddingRequest | None = None
     """What its body asks for, as far as that was found out."""
+    handler: "EmbeddingHandler | None" = None
+    """What has found that out: another one may look elsewhere."""
+    context: RequestContext | None = None
+    """What its head says, if that is known."""
+    start: float = 0.0
+    """When its answer began, on the clock of `perf_counter`; 0 = by aiohttp."""
+    request_id: str = ""
+    failure: Exception | None = None
+    """What that answer has failed with; its handler is to raise it."""
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether its inputs are known and were looked up: then aiohttp need not read it."""
+        request = self.embedding_request
+        return request is not None and request.lookup is not None
 
 
-class SyncHandler(Protocol):
-    """Answers requests for which nothing has to be awaited. Raises EmbeddingError."""
+class Answer(NamedTuple):
+    """The answer to a request, and what its line in the log says."""
+
+    response: CachedResponse
+    model: str
+    headers: Mapping[str, str]
+    """Those of its own that the response has."""
+    usd: float
+    """What it was billed, in US dollars."""
+
+
+class EmbeddingHandler(Protocol):
+    """Answers embedding requests of which aiohttp has not read anything. Raises EmbeddingError."""
 
     def parse_sync(self, body: bytes, context: RequestContext) -> tuple[EmbeddingRequest, bytes]:
         """Return what a body asks for, and the bytes of all in it that decides the answer.
@@ -115,6 +145,14 @@ class SyncHandler(Protocol):
         self, embedding_request: EmbeddingRequest, context: RequestContext
     ) -> CachedResponse | None:
         """Return the answer, counted; None if something has to be awaited, and nothing is done."""
+
+    async def handle(
+        self,
+        embedding_request: EmbeddingRequest,
+        context: RequestContext,
+        is_connected: Callable[[], bool],
+    ) -> Answer:
+        """Answer a request; `is_connected` tells whether the client still waits."""
 
 
 CONTEXT = web.RequestKey("context", RequestContext)
@@ -134,7 +172,7 @@ class ResponseCache:
     def __init__(self, max_bytes: int, *, is_enabled: bool = True) -> None:
         """`is_enabled` is `server.fast_path`: whether responses may be given again at all."""
         self.is_enabled = is_enabled
-        self.handler: SyncHandler | None = None
+        self.handler: EmbeddingHandler | None = None
         # A whole block, which is hashed once. Nobody is shown a digest, to lengthen its request.
         self._hash = hashlib.sha256(secrets.token_bytes(64))
         self.lru = LRUCache[Hashable, Kept](max_bytes, _size)
@@ -174,11 +212,24 @@ class ResponseCache:
             return None
         try:
             request, essence = self.handler.parse_sync(body, context)
-            key.embedding_request = request
+            key.embedding_request, key.context, key.handler = request, context, self.handler
             handle = partial(self.handler.handle_sync, request, context)
             return self._answer(key, essence, handle) if essence else None
         except EmbeddingError:
             return None  # It is raised again where the client is told.
+
+    async def answer(self, key: RequestKey, is_connected: Callable[[], bool]) -> Answer:
+        """Return the answer to a parsed request that `get` gave none to. Raises EmbeddingError."""
+        request, context, handler = key.embedding_request, key.context, key.handler
+        if request is None or context is None or handler is None:
+            raise RuntimeError("a request whose head is not known has to be read by aiohttp")
+        request_context.request_id.set(key.request_id)
+        request_context.traceparent.set(context.traceparent)
+        hops.enter(context.hops)
+        answer = await handler.handle(request, context, is_connected)
+        if key.whole:
+            self.put(key.whole, answer.response)
+        return answer
 
     def _answer(
         self, key: RequestKey, essence: bytes, handle: Callable[[], CachedResponse | None]

@@ -87,7 +87,7 @@ class Result:
 
 
 def make_result(  # noqa: PLR0913, PLR0917 - what is known of an answer
-    asked: Model,
+    requested: Model,
     answering: Model,
     space: Space,
     width: int,
@@ -96,8 +96,8 @@ def make_result(  # noqa: PLR0913, PLR0917 - what is known of an answer
     namespace: str,
 ) -> Result:
     """Return the result that an answer is, of which every vector can be brought to the width."""
-    fallback = answering.name != asked.name
-    return Result(asked, space, width, embedded, fallback, answering.name, inputs, namespace)
+    fallback = answering.name != requested.name
+    return Result(requested, space, width, embedded, fallback, answering.name, inputs, namespace)
 
 
 def check(space: Space, width: int, vectors: Sequence[Vector]) -> None:
@@ -111,5 +111,5 @@ def check(space: Space, width: int, vectors: Sequence[Vector]) -> None:
 
 async def check_in_steps(space: Space, width: int, vectors: Sequence[Vector]) -> None:
     """Do the same for many vectors. Raises InvalidAnswer."""
-    async for some in slices(vectors if width < space.dimensions else ()):
-        check(space, width, some)
+    async for part in slices(vectors if width < space.dimensions else ()):
+        check(space, width, part)

@@ -116,8 +116,8 @@ class SearchMixin(ABC):
         if not texts:
             return []
         result = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
-        first, *others = derive(result.embedded.vectors, result.dimensions)
-        ranked = similarity.ranked(first, others, k)
+        first, *rows = derive(result.embedded.vectors, result.dimensions)
+        ranked = similarity.ranked(first, rows, k)
         return [Neighbour(index, texts[index], score) for index, score in ranked]
 
     async def query(  # noqa: PLR0913 - a question's parts, by name
@@ -426,7 +426,7 @@ class EmbeddingService(SearchMixin):
     ) -> Result:
         """Embed inputs with another model, and index them. Raises EmbeddingError."""
         further = classify({})
-        asked = EmbeddingRequest(
+        inputs_again = EmbeddingRequest(
             model=model,
             inputs=list(inputs),
             dimensions=dimensions,
@@ -436,7 +436,7 @@ class EmbeddingService(SearchMixin):
             neutral=further.neutral,
             index=index,
         )
-        return await self.answer(asked, client)
+        return await self.answer(inputs_again, client)
 
     async def preview(
         self, inputs: Iterable[str], model: str, *, namespace: str = ""
@@ -473,10 +473,10 @@ class EmbeddingService(SearchMixin):
 
         What stood in may not be needed again; and points that are not known to be indexed are.
         """
-        again = None if result.fallback else result.embedded.cached_hit
-        if self.indexing is None or again is None:
-            return again
-        return self.indexing.reusable(again, index, result)
+        cached_hit = None if result.fallback else result.embedded.cached_hit
+        if self.indexing is None or cached_hit is None:
+            return cached_hit
+        return self.indexing.reusable(cached_hit, index, result)
 
     async def answer(
         self, embedding_request: EmbeddingRequest, caller: Client, control: str = ""

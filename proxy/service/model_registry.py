@@ -17,7 +17,6 @@ from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider
 from embedding_proxy.providers.routing.router import Router
-from embedding_proxy.providers.scheduling.context_length import ContextLengthCheck
 from embedding_proxy.proxy.config.models import Fallback, ModelConfig, unlisted_model
 from embedding_proxy.proxy.config.schema import Settings
 
@@ -224,9 +223,7 @@ class Registry:
     def _make(self, name: str, entry: ModelConfig) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
-        source: Embedder = ContextLengthCheck(
-            make_scheduler(router, settings), entry.max_input_tokens
-        )
+        source = make_scheduler(router, settings, entry.max_input_tokens)
         if self._budgets is not None:
             prices = [route.price for route in router.routes]
             source = BudgetCheck(source, self._budgets, prices)

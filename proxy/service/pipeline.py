@@ -126,11 +126,13 @@ class EmbeddingPipeline:
         deadline = asyncio.get_running_loop().time() + server.request_timeout_s
         allowed = to_cache_policy(self._settings.cache.mode, control)
 
-        async def make_context(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+        async def make_context(target: Model, by: float) -> tuple[Sequence[Input], Context]:
             begun = asyncio.get_running_loop().time()
-            inputs, weigh = await prepare(request.inputs, one, allow_oversize=server.allow_oversize)
-            account = Account(request.model, caller.client, one.price, caller.limit)
-            neutral = _neutral(one, request)
+            inputs, weigh = await prepare(
+                request.inputs, target, allow_oversize=server.allow_oversize
+            )
+            account = Account(request.model, caller.client, target.price, caller.limit)
+            neutral = _neutral(target, request)
             return inputs, Context(
                 by,
                 begun=begun,
@@ -151,19 +153,21 @@ class EmbeddingPipeline:
             return await self._learn(model, request, caller, inputs, context)
         width = _width(model, request)
 
-        async def ask(one: Model, by: float) -> Result:
-            space = _space(one, request)
-            inputs, context = await make_context(one, by)
+        async def ask(target: Model, by: float) -> Result:
+            space = _space(target, request)
+            inputs, context = await make_context(target, by)
             namespace = caller.namespace
-            if one.client_key_policy is None:
-                lookup = request.lookup if one is model and inputs is request.inputs else None
-                embedded = await one.embedder.embed(space, inputs, context, lookup)
+            if target.client_key_policy is None:
+                lookup = request.lookup if target is model and inputs is request.inputs else None
+                embedded = await target.embedder.embed(space, inputs, context, lookup)
             else:
-                embed = partial(one.embedder.embed, space)
-                embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
+                embed = partial(target.embedder.embed, space)
+                embedded, namespace = await self._with_key(target, caller, inputs, context, embed)
             await check_in_steps(space, width, embedded.vectors)
-            return make_result(model, one, space, width, inputs, embedded, namespace)
+            return make_result(model, target, space, width, inputs, embedded, namespace)
 
+        if not model.fallbacks:
+            return await ask(model, deadline)
         models = [model, *fallback_models(model, self._registry.models, width)]
         return await embed_with_fallback(ask, models, deadline)
 
@@ -178,13 +182,13 @@ class EmbeddingPipeline:
         """Answer with a model whose width the first answer tells."""
         parameters = _parameters(model, request)
 
-        async def ask(some: Sequence[Input], context: Context) -> CountedEmbeddings:
+        async def ask(part: Sequence[Input], context: Context) -> CountedEmbeddings:
             nonlocal model
             if not model.space.dimensions:
-                model, answer = await self._registry.learn(model, parameters, some, context)
+                model, answer = await self._registry.learn(model, parameters, part, context)
                 return answer
             space = model.space.with_parameters(parameters)
-            return await model.embedder.embed(space, some, context)
+            return await model.embedder.embed(space, part, context)
 
         namespace = caller.namespace
         if model.client_key_policy is None:

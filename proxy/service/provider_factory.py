@@ -131,9 +131,12 @@ def check_network(settings: Settings, name: str) -> None:
         raise ConfigError(settings.problem(("providers", name, "trust_env"), str(error))) from error
 
 
-def make_scheduler(router: Router, settings: Settings) -> Embedder:
-    """Return what makes batches of the inputs of all requests, and sends them to the routes."""
-    return Scheduler(router, settings.server.batch_window_ms / 1000)
+def make_scheduler(router: Router, settings: Settings, max_tokens: int | None = None) -> Embedder:
+    """Return what makes batches of the inputs of all requests, and sends them to the routes.
+
+    It refuses an input of more than `max_tokens`; None = nothing is known of it.
+    """
+    return Scheduler(router, settings.server.batch_window_ms / 1000, max_tokens)
 
 
 def make_router(  # noqa: PLR0913 - what a router is made of

@@ -209,7 +209,7 @@ def parse_parameters(value: object) -> dict[str, object]:
         raise InvalidRequest(
             "'parameters' must be a mapping from names of fields to values.", param="parameters"
         )
-    return {name: given for name, given in value.items() if given is not None}
+    return {name: content for name, content in value.items() if content is not None}
 
 
 def parse_model(value: object) -> str:

@@ -28,7 +28,7 @@ from embedding_proxy.providers.errors import (
 )
 from embedding_proxy.providers.upstream import response
 from embedding_proxy.providers.upstream.error_reply import refusal
-from embedding_proxy.providers.upstream.rate_limit_headers import MAX_TOLD_WAIT, retry_after
+from embedding_proxy.providers.upstream.retry_after import MAX_TOLD_WAIT, retry_after
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

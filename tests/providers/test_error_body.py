@@ -21,7 +21,7 @@ from embedding_proxy.providers.upstream.error_reply import (
     parse_reason,
     refusal,
 )
-from embedding_proxy.providers.upstream.rate_limit_headers import MAX_TOLD_WAIT
+from embedding_proxy.providers.upstream.retry_after import MAX_TOLD_WAIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,8 +2,8 @@
 
 import pytest
 from embedding_proxy.providers.errors import RateLimited, Refusal
-from embedding_proxy.providers.routing.cooldown import MAX_COOLDOWN
 from embedding_proxy.providers.routing.health import Health
+from embedding_proxy.providers.upstream.retry_after import MAX_COOLDOWN
 
 
 class Rig:

@@ -28,12 +28,12 @@ from embedding_proxy.providers.errors import (
     UpstreamTimeout,
 )
 from embedding_proxy.providers.routing.circuit_breaker import State
-from embedding_proxy.providers.routing.cooldown import MAX_COOLDOWN_TOLD_S
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.policy import CREDIT_COOLDOWN_S, KEY_COOLDOWN_S, rule
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.batch import PROBE_LIMIT_S
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.upstream.retry_after import MAX_WAIT
 
 SPACE = Space("vendor/model", 2)
 
@@ -749,7 +749,7 @@ async def test_a_longer_rest_is_kept_and_none_is_for_ever():
     assert health.acquire("small") is None
     assert health.acquire("small", rested=True) is not None
     health.failed(permits[2], error(RateLimited, wait=1e9), "small")
-    assert health.rest("small") == MAX_COOLDOWN_TOLD_S
+    assert health.rest("small") == MAX_WAIT
 
 
 async def test_nobody_rests_past_an_open_breaker():

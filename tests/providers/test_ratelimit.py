@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from embedding_proxy.providers.upstream.rate_limit_headers import (
+from embedding_proxy.providers.upstream.rate_limiter import allowance
+from embedding_proxy.providers.upstream.retry_after import (
     MAX_TOLD_WAIT,
     MAX_WAIT,
-    allowance,
     quantity,
     reset_after,
     retry_after,

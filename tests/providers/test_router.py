@@ -23,11 +23,11 @@ from embedding_proxy.providers.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from embedding_proxy.providers.routing.cooldown import FIRST_COOLDOWN
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.policy import MAX_ATTEMPTS, MAX_WAIT_S
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.upstream.retry_after import FIRST_COOLDOWN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

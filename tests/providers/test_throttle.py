@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 from embedding_proxy.providers.errors import LocalQueueFull, RateLimited
-from embedding_proxy.providers.upstream.rate_limit_headers import MAX_WAIT
 from embedding_proxy.providers.upstream.rate_limiter import (
     MAX_PAUSE_S,
     MAX_PAUSE_WAIT_S,
@@ -13,6 +12,7 @@ from embedding_proxy.providers.upstream.rate_limiter import (
     RateLimiter,
     estimate,
 )
+from embedding_proxy.providers.upstream.retry_after import MAX_WAIT
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,12 +11,12 @@ import pytest
 from aiohttp import web
 from any_server import AnyServer
 from embedding_proxy.index.errors import Unavailable, translate
-from embedding_proxy.providers.upstream.rate_limit_headers import (
+from embedding_proxy.providers.upstream.retry_after import (
     MAX_TOLD_WAIT,
     MAX_WAIT,
+    client_header,
+    client_wait,
     seconds_until,
-    tellable,
-    told_header,
 )
 from embedding_proxy.proxy.http import middleware
 from embedding_proxy.proxy.http.errors import Failure
@@ -113,7 +113,7 @@ def test_whatever_a_header_says_the_wait_is_a_number_within_bounds(text):
     wait = seconds_until(text, 0.0)
     assert wait is None or 0 <= wait <= MAX_TOLD_WAIT
     for name in ("retry-after", "retry-after-ms", "x-ratelimit-reset"):
-        assert isinstance(told_header(name, text, 0.0), str | None)
+        assert isinstance(client_header(name, text, 0.0), str | None)
 
 
 @given(st.floats())
@@ -121,7 +121,7 @@ def test_every_wait_can_be_told(seconds):
     """Whatever number an error holds, a response can be made of it."""
     headers = Failure(503, "m", "server_error", retry_after=seconds).response().headers
     assert 0 <= int(headers["Retry-After"]) <= DAY
-    assert 0 <= tellable(seconds) <= MAX_TOLD_WAIT
+    assert 0 <= client_wait(seconds) <= MAX_TOLD_WAIT
 
 
 @pytest.mark.parametrize("wait", BEYOND)

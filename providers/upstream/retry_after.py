@@ -1,19 +1,34 @@
-"""Reads an upstream's rate limits from its headers: how much is left, and how long to wait.
+"""Retry-After: how long an upstream asks to be left alone, read and kept.
 
-Pure: text and the present time in, bounded numbers out. `seconds_until` reads every wait, whether a
-header or an error body holds it. No result is negative, NaN or infinite; no wait exceeds
-MAX_TOLD_WAIT, and none that the proxy itself keeps exceeds MAX_WAIT.
+The reading is pure: text and the present time in, bounded numbers out. `seconds_until` reads every
+wait, whether a header or an error body holds it. No result is negative, NaN or infinite; no wait
+exceeds MAX_TOLD_WAIT, and none that the proxy itself keeps exceeds MAX_WAIT.
+
+`Cooldowns` keeps the waits: until its end, no call is made for the model, or for the client's key.
+Where an upstream names no time, the cooldown doubles each time that the next call meets the limit
+again. The decision whether a failed input waits for the end or goes to the next route is a row of
+`routing.policy`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+
+from embedding_proxy.providers.lru_cache import LRUCache
 
 MAX_WAIT = 3600.0
 """Seconds. No header makes the proxy wait longer: after that time the upstream is asked again."""
 MAX_TOLD_WAIT = 86_400.0
 """Seconds. No client is told to wait longer."""
+
+PROBE_COOLDOWN_S = 1.0
+"""At least, after a probe that met a rate limit: it proved nothing."""
+FIRST_COOLDOWN = 0.2
+MAX_COOLDOWN = 60.0
+"""Seconds of cooldown after a rate limit that names no time: doubled each time that the next call
+meets it again, up to the second."""
+MAX_LIMITS_IN_A_ROW = 20
 
 _UNITS = {
     "d": 86_400.0,
@@ -39,10 +54,9 @@ _EPOCH_UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
 """Below each bound, how many of the number's units one second has: s, ms, µs, ns."""
 
 _LIMITS = ("requests", "tokens")
-_SHARED_RESETS = ("x-ratelimit-reset", "ratelimit-reset")
-"""Names without the kind of limit, for upstreams that have only one."""
 _RESETS = ("x-ratelimit-reset", "ratelimit-reset")
-"""How the names of all headers begin that say when a limit is whole again."""
+"""How the names of all headers begin that say when a limit is whole again. By themselves, without
+the kind of limit, they are of upstreams that have only one."""
 
 
 def seconds_until(text: str, now: float) -> float | None:
@@ -127,22 +141,22 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     return seconds_until(headers.get("Retry-After", ""), now)
 
 
-def tellable(seconds: float) -> float:
+def client_wait(seconds: float) -> float:
     """Return a wait as a client may be told it: 0…MAX_TOLD_WAIT, whatever the number is.
 
-    >>> tellable(7.5), tellable(1e308), tellable(-1.0), tellable(float("nan"))
+    >>> client_wait(7.5), client_wait(1e308), client_wait(-1.0), client_wait(float("nan"))
     (7.5, 86400.0, 0.0, 86400.0)
     """
     return max(seconds, 0.0) if seconds <= MAX_TOLD_WAIT else MAX_TOLD_WAIT
 
 
-def told_header(name: str, value: str, now: float) -> str | None:
+def client_header(name: str, value: str, now: float) -> str | None:
     """Return a header of a reply that is passed on; None for a wait that no client should read.
 
     `name` is in lower case. A wait beyond MAX_TOLD_WAIT is replaced by that; other headers, and
     waits within it, stay as they are.
 
-    >>> told_header("retry-after", "1e308", 0.0), told_header("retry-after", "9999999", 0.0)
+    >>> client_header("retry-after", "1e308", 0.0), client_header("retry-after", "9999999", 0.0)
     (None, '86400')
     """
     if name == "retry-after-ms":
@@ -171,7 +185,7 @@ def reset_after(headers: Mapping[str, str], kind: object, now: float) -> float |
         is not None
     }
     if not waits:
-        shared = (seconds_until(headers.get(name, ""), now) for name in _SHARED_RESETS)
+        shared = (seconds_until(headers.get(name, ""), now) for name in _RESETS)
         return next((seconds for seconds in shared if seconds is not None), None)
     if kind in waits:
         return waits[str(kind)]
@@ -183,24 +197,49 @@ def reset_after(headers: Mapping[str, str], kind: object, now: float) -> float |
     return max(spent or waits.values())
 
 
-def allowance(
-    headers: Mapping[str, str], kind: str, now: float
-) -> tuple[float, float, float] | None:
-    """Return the limit, what is left of it, and its growth in units per second; or None.
+class Cooldowns:
+    """The cooldowns of one provider, of at most `max_keys` models and keys. For one thread."""
 
-    All three headers `x-ratelimit-{limit,remaining,reset}-<kind>` are needed. `reset` is the time
-    until nothing is used any more, so what is used divided by it is the rate at which the allowance
-    grows, whatever period the upstream counts by. A reset of 0 means that it is whole now. However
-    little the headers promise, an empty allowance is whole after MAX_WAIT.
-    """
-    limit, remaining = (
-        quantity(headers.get(f"x-ratelimit-{what}-{kind}", "")) for what in ("limit", "remaining")
-    )
-    reset = seconds_until(headers.get(f"x-ratelimit-reset-{kind}", ""), now)
-    if not limit or remaining is None or reset is None:
-        return None
-    remaining, reset = min(remaining, limit), min(reset, MAX_WAIT)
-    used = limit - remaining
-    if reset == 0 or used == 0:
-        return limit, limit, limit / 60
-    return limit, remaining, max(used / reset, limit / MAX_WAIT)
+    def __init__(self, max_keys: int, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._until = LRUCache[str, float](max_keys)
+        """Until when a key is left alone."""
+        self._limits = LRUCache[str, int](max_keys)
+        """How often in a row a key was rate limited, counting once for each cooldown."""
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def rest(self, key: str) -> float:
+        """Return the seconds that are left of a cooldown."""
+        until = self._until.peek(key) if self._until else None
+        return 0.0 if until is None else max(until - self._clock(), 0.0)
+
+    def waits(self) -> dict[str, float]:
+        """Return the seconds that are left, by key, of those that have some."""
+        return {key: round(seconds, 3) for key in self._until if (seconds := self.rest(key))}
+
+    def is_limited(self, key: str) -> bool:
+        """Tell whether the last call met a rate limit."""
+        return self._limits.peek(key) is not None
+
+    def succeeded(self, key: str) -> None:
+        """Note a good answer."""
+        if self._limits:
+            self._limits.pop(key)
+
+    def begin(self, key: str, wait: float | None, min_wait: float) -> None:
+        """Begin a cooldown: as long as was asked for, else longer each time in a row."""
+        # Looked at once: a cooldown may end between two looks.
+        is_cooling = self.rest(key) > 0
+        limits = self._limits.peek(key) or 0
+        if not is_cooling:
+            # Calls that were under way together meet one limit once.
+            limits = self._limits[key] = min(limits + 1, MAX_LIMITS_IN_A_ROW)
+        if not wait:
+            if is_cooling:
+                return
+            wait = min(FIRST_COOLDOWN * 2 ** (limits - 1), MAX_COOLDOWN)
+            wait = max(wait, min_wait)
+        until = self._clock() + min(wait, MAX_WAIT)
+        self._until[key] = max(self._until.peek(key) or until, until)
