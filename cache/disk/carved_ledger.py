@@ -3,6 +3,8 @@
 Table `Usage` and its index `Usage_copy` hold the same lines. Of each sum the higher one counts, as
 sums only grow. A line that stands on a page twice is two: the row in the table was damaged, and
 counted from zero again. A page whose lines are out of order counts only for want of another.
+
+Table `Hours` has no second copy: what stood on a damaged page of it is known by day alone.
 """
 
 from collections.abc import Iterator
@@ -11,11 +13,14 @@ from typing import Any, TypeAlias
 from embedding_proxy.cache.ledger import Usage
 
 USAGE, USAGE_COPY, LAYOUT_1 = "iisssiiiiiiii", "iiiiiiiiiisss", "iiiiiiii"
-SHAPES = USAGE, USAGE_COPY, LAYOUT_1
-"""The shapes of rows (see `pages`): of the table, of its index, and of the table of layout 1."""
+HOURS = "issiiiiiiii"
+SHAPES = USAGE, USAGE_COPY, LAYOUT_1, HOURS
+"""The shapes of rows (see `pages`): of the table, of its index, of the table of layout 1, and of
+table `Hours`."""
 
 Line: TypeAlias = tuple[int, int, str, str, str]
-"""Day (since 1970, UTC), number of the partition, model, provider and client."""
+"""Day (since 1970, UTC), number of the partition, model, provider and client; of table `Hours` the
+hour, 0, model, "" and client."""
 _Known: TypeAlias = dict[Line, tuple[bool, Usage]]
 """Whether the page of a line is sound, and its sums."""
 
@@ -41,7 +46,7 @@ class Page:
         self._before = shape, values
         line, sums = _split(shape, values)
         if not (
-            0 <= line[0] < _MAX_DAYS
+            0 <= line[0] < _MAX_DAYS * (24 if shape == HOURS else 1)
             and 0 <= line[1] < _MAX_PARTITIONS
             and all(0 <= number < _MAX_SUM for number in sums)
         ):
@@ -68,8 +73,17 @@ class CarvedLedger:
         """Whether there is nothing but lines of layout 1: they name no model."""
         return not (self._known[USAGE] or self._known[USAGE_COPY])
 
+    @property
+    def hours(self) -> dict[tuple[int, str, str], Usage]:
+        """The sums of table `Hours`, by hour (since 1970, UTC), model and client."""
+        return {
+            (hour, model, client): usage
+            for (hour, _, model, _, client), (is_sound, usage) in self._known[HOURS].items()
+            if is_sound
+        }
+
     def lines(self) -> Iterator[tuple[Line, Usage]]:
-        """Yield each line once."""
+        """Yield each line of the days once."""
         if self.is_of_layout_1:
             # What is left of it in a file of a later layout is counted there, too.
             merged = self._known[LAYOUT_1]
@@ -102,4 +116,7 @@ def _split(shape: str, values: tuple[Any, ...]) -> tuple[Line, tuple[int, ...]]:
         return (values[0], values[1], "", "", ""), values[2:]
     if shape == USAGE:
         return values[:-_SUMS], values[-_SUMS:]
+    if shape == HOURS:
+        hour, model, client = values[:-_SUMS]
+        return (hour, 0, model, "", client), values[-_SUMS:]
     return values[_SUMS:], values[:_SUMS]

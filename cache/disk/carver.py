@@ -128,6 +128,11 @@ class RecordCarver:
             sums[key] = sums[key].plus(usage) if key in sums else usage
         return sums
 
+    @property
+    def hours(self) -> dict[tuple[int, str, str], Usage]:
+        """The sums of the ledger's last weeks, by hour (since 1970, UTC), model and client."""
+        return self._ledger.hours
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows of which no later version is seen, and that something else names."""
         self._late.clear()

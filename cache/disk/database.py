@@ -379,7 +379,7 @@ class Database:
         full: StoreFull | None = None
         with self.transaction(2 * pages_needed + _OTHER_PAGES) as connection:
             changes.delete_records(connection)
-            changes.put_sums(connection)
+            changes.put_sums(connection, int(time.time() // 3600))
             there_is_room = True
             try:
                 there_is_room = self._make_room(pages_needed, pages_needed, changes, recent or {})

@@ -25,6 +25,8 @@ PATIENCE_SECONDS = 5.0
 SLOW_SECONDS = 0.005
 """Shorter ones hold up nobody to speak of, wherever the page comes from."""
 LEDGER_DAMAGED = "the ledger is damaged: its two copies disagree"
+MAX_REST_SECONDS = 0.05
+"""Between two parts of the ledger: others get the processor as long as a part took, or so long."""
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _RAW = 1  # diskcache's mode of a value that is bytes and nothing else
 
@@ -91,6 +93,26 @@ def read_ledger(
         if lines == ledger.ALL_LINES and not ledger_reader.copies_agree(connection.execute):
             raise sqlite3.DatabaseError(LEDGER_DAMAGED)
         return ledger_reader.read(connection.execute, by, max_lines, preferred, lines)
+
+
+def read_ledger_sums(
+    path: Path, lines: ledger.LedgerFilter = ledger.ALL_LINES
+) -> ledger.LedgerSums:
+    """Return the sums of some days, read in parts, with rests between them; see `ledger_reader`."""
+    sums = ledger.LedgerSums.empty()
+    with contextlib.closing(_connect(path, "mode=ro")) as connection:
+        began = time.monotonic()
+        for part in ledger_reader.read_sums(connection.execute, lines):
+            sums.add(part)
+            time.sleep(min(MAX_REST_SECONDS, time.monotonic() - began))
+            began = time.monotonic()
+    return sums
+
+
+def read_ledger_hours(path: Path, lines: ledger.LedgerFilter) -> dict[int, ledger.Usage]:
+    """Return the sums by hour, as far as they are kept; see `ledger_reader`."""
+    with contextlib.closing(_connect(path, "mode=ro")) as connection:
+        return ledger_reader.read_hours(connection.execute, lines)
 
 
 class ReadOnlyFile:
