@@ -440,6 +440,8 @@ _DAMAGE = (
 
 def is_damage(error: BaseException) -> bool:
     """Tell whether an error means that the file itself is unusable, now and later."""
+    if isinstance(error, UnicodeDecodeError):
+        return True  # A message of SQLite that quotes a damaged schema.
     if isinstance(error, sqlite3.OperationalError):
         # Nearly all of these are about the moment: locked, full, no such file. But a damaged
         # schema may lack what every store has.

@@ -173,7 +173,8 @@ class DamagedFile:
         for query in ("mode=ro", "mode=ro&immutable=1"):
             # The second where SQLite can make no file beside it; then it reads no log.
             self.close()
-            with contextlib.suppress(sqlite3.Error):
+            # SQLite's message may quote a damaged schema, which is no text.
+            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 self._connection = _connected(quarantined.path, query, patience_s=PATIENCE_SECONDS)
                 self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
                 return
