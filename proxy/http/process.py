@@ -19,7 +19,7 @@ from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 
 from . import control, tls
-from .app import METRICS, SERVICE, build_app
+from .app import DASHBOARD, METRICS, SERVICE, build_app
 from .app_runner import Runner
 from .control import Listener, Reply, Request, WorkerRequest
 from .status import READINESS
@@ -215,6 +215,7 @@ class Instance:
                 app = build_app(settings, successor, self._metrics_socket)
                 await self._runner.replace(app, _drain)
                 app[METRICS].take_over()
+                self._app[DASHBOARD].end_streams()
                 successor.upstreams.inherit(
                     self._app[SERVICE].upstreams, _equal(self.settings, settings)
                 )
