@@ -181,8 +181,9 @@ class Page:
         await self.call("Emulation.setEmulatedMedia", features=features)
 
     async def shoot(self, *, is_whole: bool = False) -> bytes:
-        """Return a picture of the page as PNG: of what is seen, or of all of it."""
-        done = await self.call("Page.captureScreenshot", captureBeyondViewport=is_whole)
+        """Return a picture of the page as WebP: of what is seen, or of all of it."""
+        form = {"format": "webp", "quality": 85}
+        done = await self.call("Page.captureScreenshot", captureBeyondViewport=is_whole, **form)
         return base64.b64decode(done["data"])
 
     async def press(self, key: str, text: str = "") -> None:

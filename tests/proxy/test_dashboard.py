@@ -3,18 +3,23 @@
 import asyncio
 import json
 import re
+import signal
 import time
 from datetime import UTC, datetime
 
+import aiohttp
 import pytest
 from embedding_proxy.providers.charge import NANO, SpendingLimit
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, new_key
+from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import dashboard_figures
 from embedding_proxy.proxy.http.app import DASHBOARD, METRICS, REQUESTS
 from embedding_proxy.proxy.http.dashboard import samples
 from embedding_proxy.proxy.http.dashboard.session import COOKIE
+from embedding_proxy.proxy.http.process import Instance, base_url, listen
 from embedding_proxy.proxy.http.status import READINESS
 from fault_server import status
+from own_process import own_process
 from qdrant_server import QdrantServer
 from yarl import URL
 
@@ -384,3 +389,68 @@ async def test_events_end_when_the_proxy_stops_or_reloads(how, start_proxy):
         # The former application takes no more; whoever asks it learns to come again.
         async with proxy.http.get(_place(proxy, "/events")) as response:
             assert await Events(response).next("state") is None
+
+
+async def test_a_reload_ends_the_events_and_closes_the_former_application(
+    tmp_path, upstream, monkeypatch
+):
+    """Who looks connects again, with the same session; nothing of the former one is left open."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    settings = Settings.model_validate(
+        {
+            "server": {"port": 0, "keys": KEYS},
+            "cache": {"directory": str(tmp_path / "cache")},
+            "providers": {"openai": {"base_url": upstream.url}},
+        }
+    )
+    listening = listen(settings)
+    url = base_url(listening).replace("/v1", "/dashboard")
+    async with (
+        Instance(settings, listening, lambda: settings) as instance,
+        aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as http,
+    ):
+        async with http.post(f"{url}/login", json={"key": "ours"}) as response:
+            assert response.status == 200
+        async with http.get(f"{url}/events") as response:
+            events = Events(response)
+            assert await events.next("state")
+            former = instance._app
+            assert (await instance.reload()).code == 0
+            assert await events.next("never") is None
+        async with asyncio.timeout(SECONDS):
+            await asyncio.gather(*instance._runner._retiring)
+        assert former[DASHBOARD]._sampler.viewers == 0
+        async with http.get(f"{url}/events") as response:
+            assert await Events(response).next("state")
+
+
+async def test_a_page_that_looks_does_not_hold_up_the_end(tmp_path, upstream):
+    """On SIGTERM the events end by themselves, long before the time that requests have."""
+    settings = {
+        "server": {"grace_s": 3600, "workers": 2},
+        "cache": {"directory": str(tmp_path / "cache")},
+        "providers": {"openai": {"base_url": upstream.url}},
+    }
+    async with (
+        own_process(tmp_path, upstream, settings=settings) as (process, url),
+        aiohttp.ClientSession() as http,
+        http.get(url.replace("/v1", "/dashboard/events")) as response,
+        asyncio.timeout(SECONDS),
+    ):
+        assert await Events(response).next("state")
+        process.send_signal(signal.SIGTERM)
+        assert await Events(response).next("never") is None
+        assert await process.wait() == 0
+
+
+async def test_figures_are_of_all_workers(start_proxy, upstream):
+    """Whichever answers: calls, latencies and purchases of another process are told."""
+    asked, other = await start_proxy(openai=upstream), await start_proxy(openai=upstream)
+    for text in ("a", "b"):
+        assert (await asked.post({"model": MODEL, "input": text})).status == 200
+    asked.app[METRICS]._publish()
+    state = await _state(other)
+    assert state["saved"]["ever"]["misses"] == 2
+    assert state["providers"][0]["attempts"] == 2
+    reading = await other.app[DASHBOARD]._figures.read()
+    assert (sum(reading.hits), sum(reading.misses)) == (0, 2)

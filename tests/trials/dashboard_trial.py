@@ -155,7 +155,7 @@ async def check_with_axe(page: Page, axe: str, name: str) -> None:
     assert found["violations"] == [], json.dumps(found["violations"], indent=1)
 
 
-async def trial(axe: str | None, pictures: Path | None, folder: Path) -> None:
+async def trial(options: argparse.Namespace, folder: Path) -> None:
     """Run it."""
     async with FaultServer() as first, FaultServer() as second, QdrantServer() as qdrant:
         settings: dict[str, Any] = {
@@ -173,56 +173,64 @@ async def trial(axe: str | None, pictures: Path | None, folder: Path) -> None:
         config = folder / "config.yaml"
         config.write_text(json.dumps(settings))
         admin = add_key(config, "ops", "--admin")
-        keys = [
-            add_key(config, "search", "--budget", "400/month"),
-            add_key(config, "ci", "--budget", "0.5/day"),
-        ]
-        keys.append(add_key(config, "nightly-index"))
-        async with own_process(folder, first, settings=settings, errors=folder / "log") as (_, url):
+        budgets = {"search": ("--budget", "400/month"), "ci": ("--budget", "0.5/day")}
+        keys = [add_key(config, name, *budgets.get(name, ())) for name in CLIENTS]
+        async with (
+            own_process(folder, first, settings=settings, errors=folder / "log") as (_, url),
+            Browser() as browser,
+        ):
             load = Load(url, keys)
             loading = asyncio.create_task(load.run())
-            async with Browser() as browser:
-                await look(browser, url, admin, load, loading, first, axe, pictures)
+            page = await browser.open("about:blank")
+            await page.watch()
+            await page.look(width=1280, height=800, scheme="light")
+            await page.go(url.replace("/v1", "/dashboard"))
+            await log_in(page, admin)
+            await break_off(page, first)
+            await asyncio.sleep(options.seconds)
+            await look(page, options)
+            load.is_over = True
+            await loading
+            # The other worker writes its hits within ten seconds.
+            await asyncio.sleep(13)
+            await compare(page, url, admin)
+            check_silence(page, url.removesuffix("/v1"))
 
 
-async def look(browser, url, admin, load, loading, first, axe, pictures) -> None:  # noqa: PLR0917
-    """Look at the page while the load runs, and when it is over."""
-    page = await browser.open("about:blank")
-    await page.watch()
-    await page.look(width=1280, height=800, scheme="light")
-    await page.go(url.replace("/v1", "/dashboard"))
-    await log_in(page, admin)
+async def break_off(page: Page, first: FaultServer) -> None:
+    """Let the first provider fail for some seconds; meanwhile the charts move."""
     await asyncio.sleep(6)
     first.always = status(503)
+    label = "document.getElementById('rate-chart').getAttribute('aria-label')"
+    before = await page.run(label)
     await asyncio.sleep(6)
     first.always = None
-    before = await page.run("document.getElementById('rate-chart').getAttribute('aria-label')")
-    await page.until(
-        f"document.getElementById('rate-chart').getAttribute('aria-label') !== {json.dumps(before)}"
-    )
-    print(f"the charts move: {before}")
-    await asyncio.sleep(25)
+    after = await page.until(f"{label} !== {json.dumps(before)} && {label}")
+    print(f"the charts move: {before}; {after}")
+
+
+async def look(page: Page, options: argparse.Namespace) -> None:
+    """Look at the page in all sizes and themes."""
     for scheme in ("light", "dark"):
         for name, (width, height) in SIZES.items():
-            await page.look(
-                width=width, height=height, scheme=scheme, scale=1.5 if name == "phone" else 1
-            )
+            scale = 1.25 if name == "phone" else 1
+            await page.look(width=width, height=height, scheme=scheme, scale=scale)
             await asyncio.sleep(1.5)
-            if axe is not None:
+            if options.axe is not None:
+                axe = options.axe.read_text(encoding="utf-8")
                 await check_with_axe(page, axe, f"{name}, {scheme}")
             wide = await page.run("document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{name} is {wide} pixels too wide"
-            if pictures is not None:
-                picture = pictures / f"dashboard-{name}-{scheme}.png"
+            if options.pictures is not None:
+                picture = options.pictures / f"dashboard-{name}-{scheme}.webp"
                 picture.write_bytes(await page.shoot(is_whole=True))
-    load.is_over = True
-    await loading
-    await asyncio.sleep(12)
-    await compare(page, url, admin)
-    elsewhere = {
-        one for one in page.requested if not one.startswith((url.removesuffix("/v1"), "blob:"))
-    }
+
+
+def check_silence(page: Page, origin: str) -> None:
+    """Check that nothing was requested elsewhere, and the console has said nothing."""
+    elsewhere = {one for one in page.requested if not one.startswith((origin, "blob:"))}
     assert elsewhere == set(), elsewhere
+    # Before the log-in, the page learns by a 401 that it has to ask for the key.
     complaints = [one for one in page.complaints if "401" not in one]
     assert complaints == [], complaints
     print(f"{len(page.requested)} addresses, none elsewhere; the console is empty")
@@ -233,10 +241,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--axe", type=Path, help="axe.min.js of axe-core, from npm")
     parser.add_argument("--pictures", type=Path, help="a folder for what is seen")
+    parser.add_argument("--seconds", type=float, default=25, help="of load before it is looked at")
     options = parser.parse_args()
-    axe = None if options.axe is None else options.axe.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(trial(axe, options.pictures, Path(folder)))
+        asyncio.run(trial(options, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,9 @@ class Sampler:
         now = await self._read()
         last, self._last = self._last, now
         sample = None if last is None else rates(last, now)
-        if sample is not None:
+        if sample is None:
+            self._samples.clear()  # They are from before a rest.
+        else:
             self._samples.append(sample)
             self._tell(_event("samples", orjson.dumps([sample])))
 

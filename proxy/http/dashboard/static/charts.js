@@ -20,6 +20,9 @@ const Charts = (() => {
     };
   }
 
+  const bars = uPlot.paths.bars({ size: [0.72, 34], radius: 0.18 });
+  const steps = uPlot.paths.stepped({ align: 1 });
+
   /* A time on the axis, in UTC; `step` is the seconds between two of them. */
   function moment(seconds, step) {
     const at = new Date(seconds * 1000);
@@ -60,7 +63,7 @@ const Charts = (() => {
           fill: one.isFilled ? () => color(one.color) : undefined,
           width: one.isFilled ? 0 : 2,
           dash: one.dash,
-          paths: one.isBar ? uPlot.paths.bars({ size: [0.72, 34], radius: 0.18 }) : uPlot.paths.linear(),
+          paths: one.isBar ? (u, ...place) => (u.data[0].length > 120 ? steps : bars)(u, ...place) : uPlot.paths.linear(),
           points: { show: (u) => !one.isBar && u.data[0].length < 3, size: 5, width: 0, fill: () => color(one.color) },
           spanGaps: true,
         })),

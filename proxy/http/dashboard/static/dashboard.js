@@ -2,7 +2,6 @@
 /* The page: reads the state, then live events; asks for the key where one is needed. */
 
 const $ = (id) => document.getElementById(id);
-const BASE = new URL("dashboard/", document.baseURI);
 const API = new URL("v1", new URL(".", document.baseURI)).href;
 const HOUR = 3600, DAY = 86400;
 const SPAN_WORDS = { day: "the last 24 hours", week: "the last 7 days", month: "the last 31 days", year: "the last 13 months" };
@@ -510,10 +509,7 @@ function setLive(isOn, text) {
 
 function listen() {
   source = new EventSource("dashboard/events");
-  source.addEventListener("open", () => {
-    samples = [];
-    setLive(true, "live");
-  });
+  source.addEventListener("open", () => setLive(true, "live"));
   source.addEventListener("state", (event) => {
     state = JSON.parse(event.data);
     render();
@@ -523,7 +519,9 @@ function listen() {
     }
   });
   source.addEventListener("samples", (event) => {
-    samples = samples.concat(JSON.parse(event.data)).slice(-300);
+    // After a new connection the first ones may be known.
+    const newest = samples.length ? samples.at(-1).t : 0;
+    samples = samples.concat(JSON.parse(event.data).filter((one) => one.t > newest)).slice(-300);
     drawLive();
   });
   source.addEventListener("error", () => {
