@@ -53,9 +53,9 @@ def read_age(directory: Path) -> tuple[float, float] | None:
     try:
         with contextlib.closing(ReadOnlyFile(path)) as store:
             ((stored, used),) = store.sql(
-                "SELECT min((SELECT min(stored) FROM Entries WHERE partition IS id)),"
+                "SELECT min((SELECT min(stored) FROM Entries WHERE partition IS number)),"
                 " (SELECT min(used) FROM Entries)"
-                " FROM (SELECT id FROM Partitions UNION ALL SELECT NULL)"
+                " FROM (SELECT id AS number FROM Partitions UNION ALL SELECT NULL)"
             ).fetchall()
         return None if stored is None else (stored / 1000, used / 1000)
     except (OSError, sqlite3.Error, ValueError):
