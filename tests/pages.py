@@ -36,7 +36,8 @@ def unknown(command: str) -> str:
     >>> unknown("embedding-proxy cache stats --per day"), unknown("embedding-proxy cash stats")
     ('--per', 'cash')
     """
-    _, *words = command.split()
+    # What stands after `--` is another program's.
+    _, *words = command.partition(" -- ")[0].split()
     here = typer.main.get_command(main.app)
     while isinstance(here, TyperGroup) and words and not words[0].startswith("-"):
         if isinstance(here, LazyGroup):

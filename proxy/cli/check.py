@@ -18,10 +18,19 @@ from embedding_proxy.proxy.diagnostics.routes import ModelSelection, RouteResult
 from embedding_proxy.proxy.service.storage import GIB
 
 from .formatting import count, size
-from .output import ConfigOption, JsonOption, path_text, print_json, printable, progress
+from .output import (
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    parse_settings,
+    path_text,
+    print_json,
+    printable,
+    progress,
+)
 
 
-def check(
+def check(  # noqa: PLR0913 - its options
     *,
     config_file: ConfigOption = None,
     model: Annotated[
@@ -32,6 +41,7 @@ def check(
         bool, typer.Option("--all", help="Check every model that has a usable route.")
     ] = False,
     offline: Annotated[bool, typer.Option(help="Call no provider.")] = False,
+    replaced: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Test the cache, Qdrant and every provider with a real embedding; compare the routes.
@@ -39,7 +49,7 @@ def check(
     It tests the models that the configuration names, and one model of each other provider. Exit
     code 1 if something does not work, or if the configuration names a provider that is not usable.
     """
-    configuration = loader.read_configuration(config_file)
+    configuration = loader.read_configuration(config_file, overrides=parse_settings(replaced))
     settings = configuration.settings
     check_own_address(configuration)
     choice = ModelSelection(

@@ -1,4 +1,4 @@
-"""`embedding-proxy config …`: what applies, and what an older configuration comes to."""
+"""`embedding-proxy config …`: what applies, one to begin with, its schema, and older ones."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,10 +6,38 @@ from typing import Annotated
 
 import typer
 from embedding_proxy.cache import atomic_file
-from embedding_proxy.proxy.config import loader, show
+from embedding_proxy.proxy.config import json_schema, loader, show
 from embedding_proxy.proxy.config.legacy import ConvertedConfig, convert
 
-from .output import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
+from .output import (
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    WorkFailed,
+    parse_settings,
+    path_text,
+    print_json,
+    printable,
+)
+
+STARTER = """\
+# The configuration of embedding-proxy. It holds what differs from the defaults.
+# All keys and their defaults: `embedding-proxy config show`; what they do: docs/configuration.md.
+# For an editor that completes keys: `embedding-proxy config schema > schema.json`, and this line
+#   # yaml-language-server: $schema=schema.json
+
+server:
+  port: 8080
+  # keys: ["${PROXY_KEY}"]    # what clients must send; without keys, only this machine may call
+
+# cache:
+#   directory: embeddings     # relative to this file; without it, ~/.local/share/embedding-proxy
+
+providers:
+  openai: {}                  # its key is in OPENAI_API_KEY
+  # openrouter: {}            # answers when openai does not; its key is in OPENROUTER_API_KEY
+"""
+"""What `config init` writes."""
 
 
 def show_config(
@@ -18,6 +46,7 @@ def show_config(
     everything: Annotated[
         bool, typer.Option("--all", help="Also the models of the catalog.")
     ] = False,
+    replaced: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show every key with its value, and which key variables are set.
@@ -25,7 +54,8 @@ def show_config(
     The output is a configuration that `config show` can read. It holds no key: a secret of the file
     is shown as ${NAME}. To serve with the output, set that variable.
     """
-    configuration = loader.read_configuration(config_file, purpose="inspect")
+    overrides = parse_settings(replaced)
+    configuration = loader.read_configuration(config_file, overrides=overrides, purpose="inspect")
     settings = configuration.settings
     values = show.values(settings, configuration.content, everything=everything)
     keys = show.keys_of(settings)
@@ -51,6 +81,29 @@ def show_config(
     typer.echo(loader.dump(values), nl=False)
 
 
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.", show_default=True)] = Path(
+        loader.FILE_NAME
+    ),
+) -> None:
+    """Write a short configuration to begin with; commands in that folder use it."""
+    _write_new(file, STARTER)
+    typer.echo(printable(f"{path_text(file)} is written; test it: embedding-proxy check --offline"))
+
+
+def print_schema() -> None:
+    """Print a JSON schema of the configuration, with which editors complete and check it."""
+    print_json(json_schema.build())
+
+
+def _write_new(file: Path, text: str) -> None:
+    """Write a file that is not there yet. Raises WorkFailed, OSError."""
+    try:
+        atomic_file.write(file, text.encode(), mode=0o666, exclusive=True)
+    except FileExistsError as error:
+        raise WorkFailed(f"{path_text(file)} exists; it is not overwritten") from error
+
+
 def convert_old(
     old_file: Annotated[Path, typer.Argument(metavar="OLD_FILE")],
     *,
@@ -72,10 +125,7 @@ def convert_old(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        try:
-            atomic_file.write(output, text.encode(), mode=0o666, exclusive=True)
-        except FileExistsError as error:
-            raise WorkFailed(f"{path_text(output)} exists; it is not overwritten") from error
+        _write_new(output, text)
     for line in _report(done):
         typer.echo(line, err=True)
 

@@ -7,6 +7,7 @@ and the first sentence of what each does, for `--help`, and where the rest is.
 import importlib
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import typer
@@ -24,6 +25,8 @@ class Place(NamedTuple):
     """The first sentence of its docstring: a test sees that they agree."""
     attribute: str = ""
     """The name of that function; empty where the module adds the command by itself."""
+    context: Mapping[str, Any] = MappingProxyType({})
+    """Settings of the command's context: how its arguments are read."""
 
 
 class LazyGroup(TyperGroup):
@@ -60,7 +63,8 @@ class LazyGroup(TyperGroup):
         app = self.app
         if place.attribute:
             app = plain_app()
-            app.command(name=name)(getattr(module, place.attribute))
+            function = getattr(module, place.attribute)
+            app.command(name=name, context_settings=dict(place.context))(function)
         command: Any = typer.main.get_command(app)
         if app is self.app and isinstance(command, TyperGroup):
             # A Typer of one command, and no callback, is that command.
@@ -154,12 +158,22 @@ index_app = group(
 )
 
 config_app = group(
-    "Show the configuration; convert an older one.",
+    "Begin a configuration, show what applies, print its schema; convert an older one.",
     {
+        "init": Place(
+            "config",
+            "Write a short configuration to begin with; commands in that folder use it.",
+            "init",
+        ),
         "show": Place(
             "config",
             "Show every key with its value, and which key variables are set.",
             "show_config",
+        ),
+        "schema": Place(
+            "config",
+            "Print a JSON schema of the configuration, with which editors complete and check it.",
+            "print_schema",
         ),
         "convert": Place(
             "config",
@@ -184,6 +198,17 @@ keys_app = group(
 )
 
 OTHERS = {
+    "run": Place(
+        "run",
+        "Run a command with OPENAI_BASE_URL set to a proxy of its own, and tell what was saved.",
+        "run",
+        {"allow_interspersed_args": False},
+    ),
+    "warm": Place(
+        "warm",
+        "Embed the texts of files ahead of time, after showing what that costs.",
+        "warm",
+    ),
     "check": Place(
         "check",
         "Test the cache, Qdrant and every provider with a real embedding; compare the routes.",

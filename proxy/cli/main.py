@@ -9,31 +9,36 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .groups import OTHERS, cache_app, config_app, group, index_app, keys_app, migrate_app
 from .imports import EXIT_CODE, importing
-from .output import ConfigOption, discard_unwritten, fail, handle_failures
+from .output import (
+    ConfigOption,
+    SetOption,
+    discard_unwritten,
+    fail,
+    handle_failures,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
-    import asyncio
     import socket
-    from collections.abc import Coroutine
 
     from embedding_proxy.proxy.config.schema import Settings
     from embedding_proxy.proxy.http import control
-
-T = TypeVar("T")
 
 app = group(
     "A caching proxy for OpenAI's embeddings API: no text is bought twice.",
     OTHERS,
     # A flag without a value is converted by typer, which imports pydantic for it.
-    context_settings={"default_map": {"help": False}},
+    context_settings={
+        "default_map": {"help": False},
+        "help_option_names": ["--help", "-h"],
+    },
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
@@ -57,7 +62,11 @@ def _root(
     version: Annotated[  # noqa: ARG001 - its callback does it
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+            "--version",
+            "-V",
+            callback=_show_version,
+            is_eager=True,
+            help="Print the version and exit.",
         ),
     ] = False,
 ) -> None:
@@ -80,6 +89,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
         bool,
         typer.Option("--take-over", help="Take the port over from the proxy that runs; it stops."),
     ] = False,
+    replaced: SetOption = None,
     verbose: Annotated[  # noqa: FBT002
         bool, typer.Option("--verbose", "-v", help="Log more, instead of log.level.")
     ] = False,
@@ -103,7 +113,10 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
     # The client of Qdrant would have each of its calls in the log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     given = {"host": host, "port": port, "workers": workers}
-    overrides = {name: value for name, value in given.items() if value is not None}
+    overrides = parse_settings(replaced)
+    overrides.update(
+        {("server", name): value for name, value in given.items() if value is not None}
+    )
 
     def load() -> "Settings":
         configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
@@ -134,7 +147,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
 
         def announce() -> "control.Listener | None":
             url = process.base_url(listening, is_encrypted=settings.server.tls is not None)
-            startup_log.report(settings, url)
+            startup_log.report(settings, url, config_file)
             if take_over:
                 control.ask(path, control.STOP)
             listener = control.listen(path)
@@ -153,7 +166,7 @@ def serve(  # noqa: PLR0913, PLR0915, PLR0917 - its options
                     channel=channel,
                     metrics_socket=metrics_socket,
                 )
-                return _run(served)
+                return process.run_event_loop(served)
 
         if settings.server.workers == 1:
             told = work(settings, announce)
@@ -175,21 +188,6 @@ def demo() -> None:
         run()
     except DemoFailed as error:
         fail(f"demo: {error}", 1)
-
-
-def _run(main: "Coroutine[Any, Any, T]") -> T:
-    import asyncio  # noqa: PLC0415
-
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(main)
-
-
-def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
-    try:
-        from uvloop import new_event_loop  # noqa: PLC0415 - not there on Windows
-    except ImportError:
-        return None
-    return new_event_loop
 
 
 def main() -> None:

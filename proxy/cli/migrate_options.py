@@ -186,7 +186,12 @@ class Target:
     """The model that a migration goes to, behind our own cache and routes."""
 
     def __init__(
-        self, service: EmbeddingService, model: NamedModel, dimensions: int, namespace: str = ""
+        self,
+        service: EmbeddingService,
+        model: NamedModel,
+        dimensions: int,
+        namespace: str = "",
+        client: str = CLIENT,
     ) -> None:
         self.name = model.name
         self.asked = model.asked
@@ -195,6 +200,7 @@ class Target:
         self.shield = ShieldedTask()
         self._service = service
         self._namespace = namespace
+        self._client = client
 
     @property
     def unusable_reason(self) -> str | None:
@@ -224,7 +230,7 @@ class Target:
             self.name,
             dimensions=None if self.dimensions == self.space.dimensions else self.dimensions,
             namespace=self._namespace,
-            client=CLIENT,
+            client=self._client,
             cache_control="no-cache" if anew else "",
         )
         result = await self.shield(buying)

@@ -4,21 +4,50 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
-from embedding_proxy.proxy.config.errors import ConfigError
+from embedding_proxy.proxy.config.errors import ConfigError, KeyPath
 from embedding_proxy.proxy.log import escape
 
 if TYPE_CHECKING:
     from embedding_proxy.proxy.config.schema import Settings
     from rich.console import Console
 
+CONFIG_VARIABLE = "EMBEDDING_PROXY_CONFIG"
+
+
+def _configuration_file(file: Path | None) -> Path | None:
+    """Return the configuration file of a command: the one that is named, or is found."""
+    if file is not None:
+        return file
+    from embedding_proxy.proxy.config import loader  # noqa: PLC0415 - for `--help`
+
+    return loader.find()
+
+
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Configuration file. Default: the built-in one.")
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar=CONFIG_VARIABLE,
+        callback=_configuration_file,
+        help="Configuration file. Default: ./embedding-proxy.yaml, then"
+        " ~/.config/embedding-proxy/config.yaml, then the built-in one.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replaces a key of the configuration, as in cache.mode=frozen. Can be given several"
+        " times.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -28,6 +57,8 @@ MAX_TABLE_WIDTH = 120
 """Characters of a line of a table, beside the names in it."""
 LINE_SECONDS = 5.0
 """How often long work says how far it is where there is no terminal."""
+_KEY_PART = re.compile(r'"[^"]+"|[^".=]+')
+_SETTING = re.compile(r'((?:"[^"]+"|[^".=]+)(?:\.(?:"[^"]+"|[^".=]+))*)=(.*)', re.DOTALL)
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
@@ -219,13 +250,16 @@ def print_json(value: object) -> None:
 
 
 @contextmanager
-def progress(what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+def progress(
+    what: str, total: float | None = None, note: Callable[[], str] = str
+) -> Iterator[Callable[[float], None]]:
     """Show how far long work is: a bar on a terminal, plain lines elsewhere; both on stderr.
 
-    Gives a function that is told how much is done so far, of `total`.
+    Gives a function that is told how much is done so far, of `total`. `note` gives what else is
+    shown with it.
     """
     if not sys.stderr.isatty():
-        yield _lines(what, total)
+        yield _lines(what, total, note)
         return
     from rich.console import Console  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
@@ -233,10 +267,14 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(what, total=total)
-        yield lambda done: bars.update(task, completed=done)
+
+        def tell(done: float) -> None:
+            bars.update(task, completed=done, description=f"{what} {note()}".rstrip())
+
+        yield tell
 
 
-def _lines(what: str, total: float | None) -> Callable[[float], None]:
+def _lines(what: str, total: float | None, note: Callable[[], str]) -> Callable[[float], None]:
     due = time.monotonic() + LINE_SECONDS
 
     def tell(done: float) -> None:
@@ -244,9 +282,32 @@ def _lines(what: str, total: float | None) -> Callable[[float], None]:
         if time.monotonic() >= due:
             due = time.monotonic() + LINE_SECONDS
             far = f"{done:,.0f}" if not total else f"{min(done / total, 1):.0%}"
-            typer.echo(f"{what}: {far}", err=True)
+            typer.echo(f"{what}: {far} {note()}".rstrip(), err=True)
 
     return tell
+
+
+def parse_settings(texts: Sequence[str] | None) -> dict[KeyPath, object]:
+    """Return what `--set` replaces: values as YAML reads them, by the parts of their keys.
+
+    A part that holds a dot is put in quotes. Raises ConfigError.
+
+    >>> parse_settings(["server.port=0", 'models."a.b".price=0.1', "server.cors=[]"])
+    {('server', 'port'): 0, ('models', 'a.b', 'price'): 0.1, ('server', 'cors'): []}
+    """
+    from embedding_proxy.proxy.config import yaml_file  # noqa: PLC0415 - for `--help`
+
+    settings: dict[KeyPath, object] = {}
+    for text in texts or ():
+        match = _SETTING.fullmatch(text)
+        if match is None:
+            raise ConfigError("--set: expected a key and a value, as in cache.mode=frozen")
+        parts = (part[1:-1] if part[0] == '"' else part for part in _KEY_PART.findall(match[1]))
+        try:
+            settings[tuple(parts)] = yaml_file.parse(match[2]).content
+        except yaml_file.YamlError as error:
+            raise ConfigError(f"--set {match[1]}: {error}") from error
+    return settings
 
 
 def parse_duration(text: str, option: str) -> float:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 from embedding_proxy.cache.maintenance.stats import read_size
 from embedding_proxy.providers import descriptors, local, registry
@@ -72,9 +73,10 @@ def _check_keys(configuration: Configuration) -> None:
         raise ConfigError(configuration.problem(("server", "keys_file"), missing))
 
 
-def report(settings: Settings, url: str) -> None:
-    """Say it, once the proxy answers requests at a base URL."""
+def report(settings: Settings, url: str, file: Path | None = None) -> None:
+    """Say it, once the proxy answers requests at a base URL. `file` is that of the settings."""
     log.info("embedding-proxy %s", metadata.version("embedding-proxy"))
+    log.info("configuration: %s", "built in" if file is None else path_text(file.absolute()))
     log.info("%s", _cache_line(settings))
     root = url.removesuffix("/v1")
     log.info("status: %s/status, metrics: %s/metrics", root, root)

@@ -4,9 +4,11 @@ All mistakes of a file are told at once: a ConfigError has a line for each that 
 line, the key and the remedy.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from . import references, yaml_file
@@ -21,7 +23,9 @@ __all__ = [
     "BUILT_IN",
     "ConfigError",
     "Configuration",
+    "built_in_text",
     "dump",
+    "find",
     "load",
     "load_mapping",
     "load_named",
@@ -32,6 +36,8 @@ __all__ = [
 
 BUILT_IN = "the built-in configuration"
 COMMAND_LINE = "the command line"
+FILE_NAME = "embedding-proxy.yaml"
+"""The configuration of a folder: see `find`."""
 MAX_PROBLEMS = 50
 """Mistakes that are told of one file; more are counted."""
 
@@ -70,7 +76,7 @@ class Configuration:
 def load(
     path: Path | None = None,
     *,
-    overrides: Mapping[str, object] | None = None,
+    overrides: Mapping[KeyPath, object] | None = None,
     purpose: Purpose = "embed",
 ) -> Settings:
     """Read a configuration file, or the built-in one, and return its settings.
@@ -92,12 +98,12 @@ def load_named(path: Path | None = None) -> tuple[Settings, tuple[str, ...]]:
 def read_configuration(
     path: Path | None = None,
     *,
-    overrides: Mapping[str, object] | None = None,
+    overrides: Mapping[KeyPath, object] | None = None,
     purpose: Purpose = "embed",
 ) -> Configuration:
     """Read a configuration file, or the built-in one. Raises ConfigError.
 
-    `overrides` replaces keys of the `server` section (the command line's options). Variables that
+    `overrides` replaces keys of the file, or adds some (the command line's options). Variables that
     `purpose` does not need may be unset: in place of a client's key there is then one that nobody
     knows. Relative paths are below the folder of the file.
     """
@@ -137,14 +143,19 @@ class _Source:
 
     name: str
     file: YamlFile = field(default_factory=lambda: YamlFile(None))
-    overrides: Mapping[str, object] = field(default_factory=dict)
-    """Keys of the `server` section that do not come from the file."""
+    overrides: Mapping[KeyPath, object] = field(default_factory=dict)
+    """Keys that do not come from the file."""
 
     def where(self, path: KeyPath) -> tuple[str, int]:
         """Return the file, and the line of a key in it; 0 where that is not known."""
-        if len(path) > 1 and path[0] == "server" and path[1] in self.overrides:
-            return COMMAND_LINE, 0
-        return self.name, self.file.line_of(path) or 0
+        line = self.file.line_of(path) or 0
+        for override in self.overrides:
+            is_below = path[: len(override)] == override
+            # A section may be the file's, and a key below it the command line's.
+            is_above = bool(path) and override[: len(path)] == path
+            if is_below or (is_above and (len(path) > 1 or not line)):
+                return COMMAND_LINE, 0
+        return self.name, line
 
     def content(self) -> dict[Any, Any]:
         """Return what applies before it is validated: the file, and what replaces keys of it."""
@@ -154,9 +165,10 @@ class _Source:
             content["cache"] = {k: v for k, v in content["cache"].items() if k != "directory"}
             # Nobody has named these: they are what is there by default.
             content.pop("providers", None)
-        if self.overrides:
-            server = content.get("server") or {}
-            content["server"] = {**server, **self.overrides} if isinstance(server, dict) else server
+        for path, value in self.overrides.items():
+            # A section that is none stays, as a mistake of the file.
+            if isinstance(content.get(path[0]), dict | NoneType) or len(path) == 1:
+                content = _replace(content, path, value)
         return content
 
     def line(self, problem: Problem, line: int = 0) -> str:
@@ -181,6 +193,25 @@ class _Source:
         return ConfigError(*lines)
 
 
+def _replace(content: dict[Any, Any], path: KeyPath, value: object) -> dict[Any, Any]:
+    """Return a content with another value at a place. What stands for a section there goes."""
+    key, *below = path
+    if below:
+        section = content.get(key)
+        value = _replace(section if isinstance(section, dict) else {}, tuple(below), value)
+    return {**content, key: value}
+
+
+def find() -> Path | None:
+    """Return the file that applies where none is named: in the working directory, or the user's.
+
+    None = there is none, and the built-in configuration applies.
+    """
+    user_folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    places = (Path(FILE_NAME), Path(user_folder) / "embedding-proxy" / "config.yaml")
+    return next((place for place in places if place.is_file()), None)
+
+
 def _name_of(path: Path | None) -> str:
     return BUILT_IN if path is None else str(path)
 
@@ -189,6 +220,11 @@ def _built_in_file() -> Path:
     """Return config.yaml: in `proxy` in an installation, at the root of a checkout."""
     installed = Path(__file__).parents[1] / "config.yaml"
     return installed if installed.exists() else Path(__file__).parents[2] / "config.yaml"
+
+
+def built_in_text() -> str:
+    """Return config.yaml as it stands: every key with its default, and what it does."""
+    return _built_in_file().read_text(encoding="utf-8")
 
 
 def _folder_of(path: Path | None) -> Path | None:

@@ -7,9 +7,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 from aiohttp import web
 from embedding_proxy.cache.disk.store import StoreError
@@ -17,6 +17,7 @@ from embedding_proxy.providers import descriptors
 from embedding_proxy.proxy import log as log_module
 from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 from . import control, tls
 from .app import DASHBOARD, METRICS, SERVICE, build_app
@@ -27,6 +28,7 @@ from .systemd import keep_watchdog_calm, notify, reloading
 
 log = logging.getLogger("embedding_proxy.server")
 
+T = TypeVar("T")
 
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -186,6 +188,11 @@ class Instance:
         self._app = build_app(settings, metrics_socket=metrics_socket)
         self._runner = Runner(self._app, shutdown_timeout=settings.server.grace_s)
 
+    @property
+    def service(self) -> EmbeddingService:
+        """What answers requests now: a reload replaces it."""
+        return self._app[SERVICE]
+
     async def __aenter__(self) -> Self:
         """Open all, and answer requests from now on. Raises StoreError, ConfigError."""
         await self._runner.setup()
@@ -211,14 +218,12 @@ class Instance:
             if not problems:
                 if self._tls is not None and settings.server.tls is not None:
                     tls.load(self._tls, settings.server.tls)
-                successor = self._app[SERVICE].successor(settings)
+                successor = self.service.successor(settings)
                 app = build_app(settings, successor, self._metrics_socket)
                 await self._runner.replace(app, _drain)
                 app[METRICS].take_over()
                 self._app[DASHBOARD].end_streams()
-                successor.upstreams.inherit(
-                    self._app[SERVICE].upstreams, _equal(self.settings, settings)
-                )
+                successor.upstreams.inherit(self.service.upstreams, _equal(self.settings, settings))
                 self.settings, self._app = settings, app
                 self._has_keys_file = settings.keys_path.exists()
                 log_module.configure(settings.log.level, settings.log.format)
@@ -342,6 +347,20 @@ async def serve(  # noqa: PLR0913 - what it serves, and whom it hears
             finally:
                 if watchdog is not None:
                     watchdog.cancel()
+
+
+def run_event_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on an event loop of its own, the quickest that is installed."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        from uvloop import new_event_loop  # noqa: PLC0415 - not there on Windows
+    except ImportError:
+        return None
+    return new_event_loop
 
 
 async def _hear(client: socket.socket, events: "asyncio.Queue[signal.Signals | Request]") -> None:

@@ -11,6 +11,7 @@ from embedding_proxy.cache.maintenance.import_source import (
     SourceError,
     listed,
     to_pair,
+    to_text,
 )
 
 if TYPE_CHECKING:
@@ -31,17 +32,15 @@ class Parquet:
         self._path = path
         self._text = text
         self._vector = vector
-        with self._file() as file:
-            kind = self._type(file, text)
-            if not _is_text(kind):
-                raise SourceError(f"{path}: column `{text}` holds {kind}, not text")
-            kind = self._type(file, vector)
+        with _open(path) as file:
+            _check_text(path, file, text)
+            kind = _type(path, file, vector)
             if not _is_vector(kind):
                 raise SourceError(f"{path}: column `{vector}` holds {kind}, not lists of numbers")
 
     def __iter__(self) -> Iterator[Pair | RejectedPair]:
         row = 0
-        with self._file() as file:
+        with _open(self._path) as file:
             columns = [self._text, self._vector]
             for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
                 texts = _texts(batch.column(self._text))
@@ -50,34 +49,54 @@ class Parquet:
                     row += 1
                     yield _pair(f"row {row}", text, vector)
 
-    def _type(self, file: "ParquetFile", name: str) -> "DataType":
-        names = file.schema_arrow.names
-        if name not in names:
-            raise SourceError(f"{self.name} has no column `{name}`; columns: {listed(names)}")
-        if names.count(name) > 1:
-            raise SourceError(f"{self.name} has more than one column `{name}`")
-        return file.schema_arrow.field(name).type
 
-    @contextmanager
-    def _file(self) -> Iterator["ParquetFile"]:
-        """Open the file; what the library raises meanwhile becomes a SourceError."""
-        try:
-            from pyarrow.lib import ArrowException  # noqa: PLC0415 - an extra, and slow to import
-            from pyarrow.parquet import ParquetFile  # noqa: PLC0415
-        except ImportError as error:
-            remedy = "pip install 'pyarrow>=21'"
-            raise SourceError(f"Parquet needs more: {remedy}") from error
-        try:
-            with ParquetFile(
-                self._path,
-                buffer_size=_READ_AHEAD,
-                pre_buffer=False,
-                page_checksum_verification=True,
-            ) as file:
-                yield file
-        except (ArrowException, OSError) as error:
-            what = " ".join(str(error).split())
-            raise SourceError(f"{self.name} cannot be read as Parquet: {what}") from error
+def _check_text(path: Path, file: "ParquetFile", column: str) -> None:
+    """Raise SourceError for a column that holds no texts."""
+    kind = _type(path, file, column)
+    if not _is_text(kind):
+        raise SourceError(f"{path}: column `{column}` holds {kind}, not text")
+
+
+def _type(path: Path, file: "ParquetFile", column: str) -> "DataType":
+    names = file.schema_arrow.names
+    if column not in names:
+        raise SourceError(f"{path} has no column `{column}`; columns: {listed(names)}")
+    if names.count(column) > 1:
+        raise SourceError(f"{path} has more than one column `{column}`")
+    return file.schema_arrow.field(column).type
+
+
+@contextmanager
+def _open(path: Path) -> Iterator["ParquetFile"]:
+    """Open a file; what the library raises meanwhile becomes a SourceError."""
+    try:
+        from pyarrow.lib import ArrowException  # noqa: PLC0415 - an extra, and slow to import
+        from pyarrow.parquet import ParquetFile  # noqa: PLC0415
+    except ImportError as error:
+        remedy = "pip install 'pyarrow>=21'"
+        raise SourceError(f"Parquet needs more: {remedy}") from error
+    try:
+        with ParquetFile(
+            path,
+            buffer_size=_READ_AHEAD,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        ) as file:
+            yield file
+    except (ArrowException, OSError) as error:
+        what = " ".join(str(error).split())
+        raise SourceError(f"{path} cannot be read as Parquet: {what}") from error
+
+
+def texts(path: Path, column: str) -> Iterator[str | RejectedPair]:
+    """Yield the texts of a column. Raises SourceError."""
+    row = 0
+    with _open(path) as file:
+        _check_text(path, file, column)
+        for batch in file.iter_batches(_ROWS, columns=[column], use_threads=False):
+            for text in _texts(batch.column(column)):
+                row += 1
+                yield _text(f"row {row}", text)
 
 
 def _is_text(kind: "DataType") -> bool:
@@ -127,11 +146,17 @@ def _vectors(column: "Array") -> Iterator[bytes | str]:
             yield bytes(data[4 * start : 4 * (start + length)])
 
 
-def _pair(where: str, text: bytes | None, vector: bytes | str) -> Pair | RejectedPair:
+def _text(where: str, text: bytes | None) -> str | RejectedPair:
     try:
-        words = None if text is None else text.decode()
+        return to_text(where, None if text is None else text.decode())
     except UnicodeDecodeError:
         return RejectedPair(where, "the text is not UTF-8")
+
+
+def _pair(where: str, text: bytes | None, vector: bytes | str) -> Pair | RejectedPair:
+    words = _text(where, text)
+    if isinstance(words, RejectedPair):
+        return words
     pair = to_pair(where, words, b"" if isinstance(vector, str) else vector)
     if isinstance(pair, Pair) and isinstance(vector, str):
         return RejectedPair(where, vector)

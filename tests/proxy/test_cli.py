@@ -24,7 +24,7 @@ from embedding_proxy.proxy.cli import main
 from embedding_proxy.proxy.cli.demo import DemoFailed
 from embedding_proxy.proxy.cli.imports import importing
 from embedding_proxy.proxy.config.fields import MODES
-from embedding_proxy.proxy.http.process import PortUnavailable
+from embedding_proxy.proxy.http.process import PortUnavailable, run_event_loop
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "embedding_proxy", "serve"]
@@ -355,7 +355,7 @@ def test_it_runs_with_and_without_uvloop(module, monkeypatch):
     async def loop_module() -> str:
         return type(asyncio.get_running_loop()).__module__.partition(".")[0]
 
-    assert main._run(loop_module()) == ("asyncio" if module == "uvloop" else "uvloop")
+    assert run_event_loop(loop_module()) == ("asyncio" if module == "uvloop" else "uvloop")
 
 
 HEAVY = {

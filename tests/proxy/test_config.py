@@ -352,15 +352,19 @@ def test_a_variable_gives_any_type_and_is_read_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "server:", "server: {port: 1, host: localhost}"])
 def test_overrides_replace_keys_of_the_server(text, tmp_path):
     """What the command line says counts more than the file, key by key."""
-    server = load(_written(tmp_path, text), overrides={"port": 9, "host": "127.0.0.5"}).server
+    server = load(
+        _written(tmp_path, text), overrides={("server", "port"): 9, ("server", "host"): "127.0.0.5"}
+    ).server
     assert (server.port, server.host, server.workers) == (9, "127.0.0.5", 1)
 
 
 def test_overrides_are_checked_like_the_file(tmp_path):
     """An option out of range is refused, and so is a server section that holds no keys."""
     file = _written(tmp_path, "{}")
-    assert _refused(file, overrides={"port": -1}).startswith("the command line: server.port: ")
-    assert _refused(_written(tmp_path, "server: x"), overrides={"port": 1}).startswith(
+    assert _refused(file, overrides={("server", "port"): -1}).startswith(
+        "the command line: server.port: "
+    )
+    assert _refused(_written(tmp_path, "server: x"), overrides={("server", "port"): 1}).startswith(
         f"{file}:1: server: expected keys"
     )
 

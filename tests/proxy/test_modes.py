@@ -1,22 +1,18 @@
 """`cache.mode` and `Cache-Control` through the whole proxy, as the official client sees them."""
 
 import asyncio
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
-import yaml
 from aiohttp import web
-from conftest import no_wait
 from embedding_proxy.cache.tiers import Lookup
 from embedding_proxy.providers.base import Outcome
-from embedding_proxy.proxy.cli.main import app
-from embedding_proxy.proxy.config.loader import load
-from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import status, vector_of
-from typer.testing import CliRunner
 
 SMALL = "text-embedding-3-small"
 PAGE = (Path(__file__).parents[2] / "docs" / "caching.md").read_text(encoding="utf-8")
@@ -260,45 +256,48 @@ def _on_the_page(mark):
     return re.findall(rf"^```{mark}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
-async def test_the_example_on_the_page_runs_a_suite_offline(
-    upstream, start_proxy, monkeypatch, tmp_path
-):
+async def test_the_example_on_the_page_runs_a_suite_offline(upstream, tmp_path):
     """Recorded, exported, imported elsewhere and frozen: the page's file and commands, in order."""
     (text,) = _on_the_page("yaml")
+    providers = f'providers: {{openai: {{base_url: "{upstream.url}"}}}}'
     recording, replaying = (tmp_path / name for name in ("here", "there"))
     for folder in (recording, replaying):
         folder.mkdir()
-        (folder / "embeddings.yaml").write_text(text)
-    commands = [
-        line.partition("embedding-proxy ")[2].split()
-        for block in _on_the_page("sh")
-        for line in block.splitlines()
-        if "embedding-proxy cache" in line
-    ]
-    assert [command[1] for command in commands] == ["export", "import"]
-
-    monkeypatch.chdir(recording)
-    monkeypatch.setenv("EMBEDDINGS", "normal")
-    settings = load(Path("embeddings.yaml"))
-    assert settings.cache.mode == "normal"
-    cache = {**yaml.safe_load(text)["cache"], "mode": "normal"}
-    proxy = await start_proxy(openai=upstream, cache=cache)
-    await _ask(proxy, "a", "b")
-    await start_proxy.stop()
-    assert (await asyncio.to_thread(CliRunner().invoke, app, commands[0])).exit_code == 0
+        (folder / "embeddings.yaml").write_text(f"{text}{providers}\n")
+        (folder / "ask.py").write_text(SUITE)
+        (folder / "Makefile").write_text(f"my-tests:\n\t{sys.executable} ask.py\n")
+    program = tmp_path / "embedding-proxy"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m embedding_proxy "$@"\n')
+    program.chmod(0o755)
+    record, replay = _on_the_page("sh")[-2:]
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    with_key = {**environment, "OPENAI_API_KEY": "k"}
+    assert await _shell(record, recording, with_key) == 0
+    assert upstream.inputs == ["a", "b"]
     (recording / "embeddings.emba").rename(replaying / "embeddings.emba")
+    await upstream.stop()
+    assert await _shell(replay, replaying, environment) == 0
 
-    monkeypatch.chdir(replaying)
-    monkeypatch.delenv("EMBEDDINGS")
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert (await asyncio.to_thread(CliRunner().invoke, app, commands[1])).exit_code == 0
-    settings = load(Path("embeddings.yaml"))
-    assert settings.cache.mode == "frozen"
-    async with EmbeddingService(settings, sleep=no_wait) as service:
-        result = await service.embed(["b", "a"], model=SMALL)
-    assert result.outcomes == [HIT, HIT]
-    assert np.array_equal(result.vectors[0], vector_of(SMALL, "b"))
-    assert len(upstream.calls) == 1
+
+SUITE = """
+import openai
+
+with openai.OpenAI() as client:
+    reply = client.embeddings.create(model="text-embedding-3-small", input=["a", "b"])
+assert len(reply.data) == 2
+"""
+
+
+async def _shell(commands: str, folder: Path, environment: dict[str, str]) -> int:
+    """Run lines of a shell, which end at the first that fails; return the exit code."""
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-e", "-c", commands),
+        cwd=folder,
+        env=environment,
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    return await process.wait()
 
 
 async def test_the_error_on_the_page_is_the_one_that_comes(start_proxy):

@@ -1,0 +1,357 @@
+"""`embedding-proxy warm`: embed the texts of files ahead of time, after showing what that costs.
+
+Everything is read twice: once to count what there is to buy, and once to buy it. What is bought is
+in the cache at once, so that a run that was interrupted goes on where it ended, for nothing.
+"""
+
+import asyncio
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from embedding_proxy.cache.ledger import Usage
+from embedding_proxy.cache.maintenance.import_source import RejectedPair, SourceError
+from embedding_proxy.index.migration.embedding import Rejection, RetryingEmbedder
+from embedding_proxy.index.migration.plan import CALL_S
+from embedding_proxy.providers.charge import NANO
+from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest
+from embedding_proxy.providers.profile import Limits
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.importers.texts import Split, Text, TextFiles
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.inputs import CostPreview
+
+from .formatting import age, count, money
+from .migrate_options import NamespaceOption, Target, find_model, settings_for, width_of
+from .output import (
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    WorkFailed,
+    confirm,
+    need_terminal,
+    parse_settings,
+    print_json,
+    printable,
+    progress,
+    tell_store,
+)
+
+CLIENT = "warm"
+"""Whose account in the ledger it is."""
+BATCH = 1024
+"""TextFiles that are looked up, and bought, at a time."""
+BESIDE = 4
+"""Batches that are bought at a time."""
+_MAX_SHOWN = 5
+_STREAM = "-"
+
+
+@dataclass(slots=True)
+class Preview:
+    """What there is to do, before anything is bought."""
+
+    inputs: int = 0
+    distinct: int = 0
+    cached: int = 0
+    """Of the distinct ones."""
+    to_buy: int = 0
+    tokens: int = 0
+    """Of those to buy."""
+    dollars: float = 0.0
+    seconds: float = 0.0
+    """An estimate, within the limits of the provider that is asked first."""
+    refused: int = 0
+    first_refused: list[RejectedPair] = field(default_factory=list)
+
+    def refuse(self, text: RejectedPair) -> None:
+        """Count a text that cannot be embedded."""
+        self.refused += 1
+        if len(self.first_refused) < _MAX_SHOWN:
+            self.first_refused.append(text)
+
+
+class Warmer:
+    """TextFiles, and the model that they are embedded with."""
+
+    def __init__(self, texts: TextFiles, target: Target, price: float) -> None:
+        """`price` is in US dollars for a million tokens."""
+        self._texts = texts
+        self._target = target
+        self._price = price
+
+    async def preview(self) -> Preview:
+        """Return what there is to do; nothing is bought. Raises SourceError, EmbeddingError."""
+        found = Preview()
+        with progress("reading") as tell:
+            async for texts in self._missing(found):
+                found.to_buy += len(texts)
+                found.tokens += sum(look.tokens for _, look in texts)
+                tell(found.inputs)
+        found.dollars = found.tokens * self._price / 1e6
+        found.seconds = _seconds(found, self._target.limits)
+        return found
+
+    async def buy(self, planned: Preview, spending: "Spending") -> Preview:
+        """Buy what is missing; return what was found this time. Raises as `preview` does."""
+        found = Preview()
+        embedder = RetryingEmbedder(self._target)
+        places = asyncio.Semaphore(BESIDE)
+        done = 0
+        with progress("embedding", planned.to_buy, spending.note) as tell:
+
+            async def embed(batch: list[tuple[str, CostPreview]]) -> None:
+                nonlocal done
+                for answer in await embedder.embed([text for text, _ in batch]):
+                    if isinstance(answer, Rejection):
+                        found.refuse(RejectedPair("a text", answer.why))
+                places.release()
+                done += len(batch)
+                tell(done)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    async for batch in self._missing(found):
+                        found.to_buy += len(batch)
+                        await places.acquire()
+                        group.create_task(embed(batch))
+            except* EmbeddingError as failures:
+                raise failures.exceptions[0] from None
+        return found
+
+    async def _missing(self, found: Preview) -> AsyncIterator[list[tuple[str, CostPreview]]]:
+        """Yield the texts that are not cached, each once, in batches; count all into `found`."""
+        seen: set[bytes] = set()
+        texts = iter(self._texts)
+        while batch := await asyncio.to_thread(_batch, texts):
+            found.inputs += len(batch)
+            usable = []
+            for text in batch:
+                if isinstance(text, RejectedPair):
+                    found.refuse(text)
+                else:
+                    usable.append(text)
+            missing = []
+            for text, look in await self._look(usable, found):
+                if look.key not in seen:
+                    seen.add(look.key)
+                    found.cached += look.cached
+                    if not look.cached:
+                        missing.append((text, look))
+            found.distinct = len(seen)
+            yield missing
+
+    async def _look(self, texts: list[str], found: Preview) -> list[tuple[str, CostPreview]]:
+        """Return what is known of each text; one that no request may hold is refused."""
+        while texts:
+            try:
+                return list(zip(texts, await self._target.look(texts), strict=True))
+            except InvalidRequest as error:
+                if error.index is None:
+                    raise
+                found.refuse(RejectedPair("a text", str(error)))
+                texts = [*texts[: error.index], *texts[error.index + 1 :]]
+        return []
+
+
+def _batch(texts: Iterator[Text]) -> list[Text]:
+    return list(islice(texts, BATCH))
+
+
+def _seconds(found: Preview, limits: Limits) -> float:
+    """Return about how long buying takes, where the provider is asked as much as its limits allow.
+
+    A call is taken to need CALL_S: nothing is bought to find out.
+    """
+    calls = math.ceil(found.to_buy / min(BATCH, limits.inputs))
+    if limits.tokens:
+        calls = max(calls, math.ceil(found.tokens / limits.tokens))
+    minutes = max(
+        calls / (limits.requests_per_minute or math.inf),
+        found.tokens / (limits.tokens_per_minute or math.inf),
+    )
+    return max(math.ceil(calls / limits.concurrency) * CALL_S, 60 * minutes)
+
+
+class Spending:
+    """What a service has bought for this command so far."""
+
+    def __init__(self, service: EmbeddingService) -> None:
+        self._service = service
+
+    @property
+    def usage(self) -> Usage:
+        """The sums of the ledger since the start."""
+        counted = self._service.counted.items()
+        return reduce(
+            Usage.plus, (usage for key, usage in counted if key.client == CLIENT), Usage()
+        )
+
+    def note(self) -> str:
+        """Return what was spent, for the progress."""
+        return f"({money(self.usage.nanodollars_billed / NANO)} spent)"
+
+
+def warm(  # noqa: PLR0913 - its options
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Files or folders: text, Markdown, JSONL, CSV, Parquet, SQLite; - for lines of"
+            " standard input.",
+        ),
+    ],
+    *,
+    model: Annotated[str, typer.Option(help="The model, as clients name it.")],
+    namespace: NamespaceOption = "",
+    split: Annotated[
+        Split | None,
+        typer.Option(help="What a text is in a text file. Default: line; paragraph in Markdown."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option("--field", help="Field of JSONL, or column of CSV and Parquet.")
+    ] = "text",
+    glob: Annotated[str, typer.Option(help="Names of the files of a folder.")] = "*",
+    query: Annotated[
+        str | None, typer.Option(help="What gives the texts of a SQLite database, as SQL.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show what there is to buy; buy nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before buying.")] = False,
+    config_file: ConfigOption = None,
+    replaced: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed the texts of files ahead of time, after showing what that costs.
+
+    A text is cached as it stands: byte for byte what your application sends later. A run that was
+    interrupted goes on when it is started again; what was bought is not bought again.
+    """
+    if not dry_run:
+        need_terminal("warm", "--yes", is_sure=yes)
+    settings = loader.load(config_file, overrides=parse_settings(replaced))
+    named = find_model(settings, model, "--model")
+    tell_store(settings)
+    with _spooled(places) as paths:
+        try:
+            texts = TextFiles(paths, split=split, field=text_field, glob=glob, query=query)
+        except SourceError as error:
+            raise WorkFailed(str(error)) from error
+        service = EmbeddingService(settings_for(settings, named))
+        target = Target(service, named, width_of(named, None), namespace, CLIENT)
+        warmer = Warmer(texts, target, named.entry.price)
+        report = Report(as_json=as_json, is_exact=named.space.tokenizer is not None)
+        try:
+            asyncio.run(_warm(service, target, warmer, report, dry_run=dry_run, yes=yes))
+        except SourceError as error:
+            raise WorkFailed(f"{error}; what was bought before stays") from error
+    if report.has_refused:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _spooled(places: Sequence[str]) -> Iterator[list[Path]]:
+    """Give the paths of all places; standard input, which is read twice, is kept in a file."""
+    if _STREAM not in places:
+        yield [Path(place) for place in places]
+        return
+    with tempfile.NamedTemporaryFile(prefix="embedding-proxy-warm-", suffix=".txt") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        yield [Path(file.name if place == _STREAM else place) for place in places]
+
+
+async def _warm(  # noqa: PLR0913 - what a run is made of
+    service: EmbeddingService,
+    target: Target,
+    warmer: Warmer,
+    report: "Report",
+    *,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    async with service:
+        planned = await warmer.preview()
+        report.plan(planned)
+        if dry_run or not planned.to_buy:
+            report.end(planned, Usage())
+            return
+        if target.unusable_reason:
+            raise WorkFailed(target.unusable_reason)
+        if not yes:
+            confirm("Buy them?")
+        spending = Spending(service)
+        try:
+            found = await warmer.buy(planned, spending)
+        finally:
+            # What was asked for is paid for: it is kept, also after Ctrl-C.
+            await target.finish()
+        report.end(found, spending.usage)
+
+
+class Report:
+    """Tells what there is to do and what was done, as lines or as JSON."""
+
+    def __init__(self, *, as_json: bool, is_exact: bool) -> None:
+        """`is_exact` says whether tokens are counted by the model's own tokenizer."""
+        self._as_json = as_json
+        self._about = "" if is_exact else "about "
+        self._planned = Preview()
+        self.has_refused = False
+
+    def plan(self, found: Preview) -> None:
+        """Tell what there is to do."""
+        self._planned = found
+        if self._as_json:
+            return
+        typer.echo(
+            f"{count(found.inputs, 'input')}: {found.distinct:,} distinct, {found.cached:,} cached,"
+            f" {found.to_buy:,} to buy"
+        )
+        if found.to_buy:
+            typer.echo(
+                f"{self._about}{count(found.tokens, 'token')} to buy for"
+                f" {self._about}{money(found.dollars)}, in about {age(found.seconds)}"
+            )
+
+    def end(self, found: Preview, usage: Usage) -> None:
+        """Tell what was done."""
+        self.has_refused = bool(found.refused)
+        billed = usage.nanodollars_billed / NANO
+        if self._as_json:
+            planned = self._planned
+            print_json(
+                {
+                    "inputs": planned.inputs,
+                    "distinct": planned.distinct,
+                    "cached": planned.cached,
+                    "to_buy": planned.to_buy,
+                    "tokens_to_buy": planned.tokens,
+                    "usd_to_buy": planned.dollars,
+                    "seconds": round(planned.seconds, 1),
+                    "bought": usage.misses,
+                    "tokens_billed": usage.tokens_billed,
+                    "usd_billed": billed,
+                    "refused": found.refused,
+                    "first_refused": [
+                        {"where": r.where, "why": r.why} for r in found.first_refused
+                    ],
+                }
+            )
+        elif usage.misses:
+            typer.echo(
+                f"{count(usage.misses, 'text')} bought for {money(billed)}"
+                f" ({count(usage.tokens_billed, 'token')})"
+            )
+        for refused in () if self._as_json else found.first_refused:
+            typer.echo(printable(f"  refused: {refused.where}: {refused.why}"), err=True)
+        if found.refused and not self._as_json:
+            typer.echo(f"  {found.refused:,} refused in all", err=True)
