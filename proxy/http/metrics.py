@@ -123,6 +123,9 @@ class Metrics:
         self._shared_folder = service.settings.cache.directory / FOLDER
         self._shared = SharedCounters(self._shared_folder)
         self.failovers = FailoverLog(self._shared_folder / FILE)
+        self._series_known = 0
+        self._followed: list[tuple[Series, Event]] = []
+        """The series that the timeline of failovers follows, of so many that are known."""
         self._timer: asyncio.TimerHandle | None = None
         self._tiers_before: Counter[Series] = Counter()
         self._tiers_at_end: Counter[Series] = Counter()
@@ -189,7 +192,20 @@ class Metrics:
         self._shared.publish(
             counters, {Series(*one[:2]): one[2] for one in self._gauges()} if not is_over else {}
         )
-        self.failovers.note(_events(counters))
+        self._note_failovers(counters)
+
+    def _note_failovers(self, counters: Mapping[Series, float]) -> None:
+        if len(counters) != self._series_known:
+            self._series_known = len(counters)
+            self._followed = [
+                (series, (_EVENTS[series.name][0], dict(series.labels)[_EVENTS[series.name][1]]))
+                for series in counters
+                if series.name in _EVENTS
+            ]
+        events: dict[Event, float] = {}
+        for series, event in self._followed:
+            events[event] = events.get(event, 0) + counters.get(series, 0)
+        self.failovers.note(events)
 
     async def totals(self) -> Totals:
         """Return what all processes have counted; of the others what they have published."""
@@ -334,17 +350,6 @@ class Metrics:
                 [route["space"], route["provider"], route["upstream_model"]], route["cosine"]
             )
         return family
-
-
-def _events(counters: Mapping[Series, float]) -> dict[Event, float]:
-    """Return the counters that the timeline of failovers follows, by kind and name."""
-    events: dict[Event, float] = {}
-    for (name, labels), value in counters.items():
-        if name in _EVENTS:
-            kind, label = _EVENTS[name]
-            event = kind, dict(labels)[label]
-            events[event] = events.get(event, 0) + value
-    return events
 
 
 def _build_info() -> Metric:
