@@ -9,15 +9,18 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar, cast
 
+from embedding_proxy.cache.key import OTHER
 from embedding_proxy.cache.ledger import NOTHING, LedgerFilter, LedgerSums, Usage
 from embedding_proxy.cache.maintenance.stats import read_age, read_size
 from embedding_proxy.providers.charge import NANO, SpendingLimit
 from embedding_proxy.providers.histogram import BOUND_NAMES
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.request import Client
 from embedding_proxy.proxy.service.storage import GIB
 
 from .auth import Authenticator
@@ -30,7 +33,14 @@ from .status import usage_fields
 DAY_S = 86_400
 SHARE = 50
 """What takes a second to read is read again after so many seconds."""
-MIN_REST_S = {"past": 5.0, "store": 3.0, "age": 5.0, "failovers": 1.0, "history": 3.0}
+MIN_REST_S = {
+    "past": 5.0,
+    "store": 3.0,
+    "age": 5.0,
+    "failovers": 1.0,
+    "history": 3.0,
+    "budget": 10.0,
+}
 """Seconds for which what was read is told again, by what it is."""
 MAX_LINES = 25
 """Models and clients with a line of their own."""
@@ -75,6 +85,8 @@ class Figures:
         self._reading = asyncio.Lock()
         self._totals = Totals({}, {})
         self._flushed: object = None
+        self._day = 0
+        """The day (since 1970, UTC) on which all in the cache was read."""
 
     async def read(self) -> Reading:
         """Return the counters of this moment."""
@@ -104,10 +116,10 @@ class Figures:
         await self.read()
         await self._write_counts()
         directory = self._service.settings.cache.directory
-        size = await self._fetch("store", lambda: asyncio.to_thread(read_size, directory))
-        age = await self._fetch("age", lambda: asyncio.to_thread(read_age, directory))
+        size = await self._fetch("store", partial(asyncio.to_thread, read_size, directory))
+        age = await self._fetch("age", partial(asyncio.to_thread, read_age, directory))
         failovers = self._metrics.failovers
-        timeline = await self._fetch("failovers", lambda: asyncio.to_thread(failovers.read))
+        timeline = await self._fetch("failovers", partial(asyncio.to_thread, failovers.read))
         indexing = self._service.indexing
         index = await indexing.indexer.snapshot() if indexing else None
         sums = await self._sums()
@@ -119,7 +131,7 @@ class Figures:
             "saved": sums and self._saved(*sums),
             "models": sums and _lines([one.models for one in sums]),
             "clients": sums and _lines([one.clients for one in sums]),
-            "budgets": sums and self._budgets(*sums),
+            "budgets": sums and await self._budgets(*sums),
             "providers": self._providers(),
             "failovers": timeline.as_json(),
             "store": store
@@ -157,10 +169,10 @@ class Figures:
         await self._write_counts()
         if unit == "hour":
             start = int(self._clock() // 3600) - 24 * days + 1
-            read: Callable[[], Awaitable[Any]] = lambda: storage.store.ledger_hours(lines)  # noqa: E731
+            read: Callable[[], Awaitable[Any]] = partial(storage.store.ledger_hours, lines)
         else:
-            start, read = first, lambda: storage.store.ledger_sums(lines)
-        found = await self._fetch(("history", span, model, client, today), read)
+            start, read = first, partial(storage.store.ledger_sums, lines)
+        found = await self._fetch(("history", span, model, client), read)
         if found is None:
             return None
         sums = found.days if isinstance(found, LedgerSums) else found
@@ -177,6 +189,9 @@ class Figures:
     async def _fetch(self, name: object, read: Callable[[], Awaitable[_T]]) -> _T:
         """Return what was read a moment ago, or read it; one thing at a time is read."""
         loop = asyncio.get_running_loop()
+        if self._day != self._today:
+            self._day = self._today
+            self._cache.clear()
         cached = self._cache.get(name)
         if cached is None or cached.again <= loop.time():
             async with self._reading:
@@ -193,7 +208,7 @@ class Figures:
     def _put(self, name: object, cached: _Cached) -> None:
         self._cache.pop(name, None)
         self._cache[name] = cached
-        histories = [one for one in self._cache if isinstance(one, tuple)]
+        histories = [one for one in self._cache if isinstance(one, tuple) and one[0] == "history"]
         for one in histories[:-MAX_HISTORIES]:
             del self._cache[one]
 
@@ -218,7 +233,7 @@ class Figures:
             ("month", LedgerFilter(first_day=month, end_day=today)),
             ("before", LedgerFilter(end_day=month)),
         ):
-            past = await self._fetch(("past", name, today), lambda lines=lines: ledger_sums(lines))  # type: ignore[misc]
+            past = await self._fetch(("past", name), partial(ledger_sums, lines))
             if past is None:
                 return None
             parts.append(past)
@@ -242,20 +257,26 @@ class Figures:
             "since": None if since is None else DAY_S * since,
         }
 
-    def _budgets(
+    async def _budgets(
         self, today: LedgerSums, month: LedgerSums, ever: LedgerSums
     ) -> list[dict[str, Any]]:
-        sums = {"day": today, "month": month, "ever": ever}
-        told = [
-            {
-                "client": name,
-                "period": limit.period,
-                "usd": limit.nanodollars / NANO,
-                "usd_billed": sums[limit.period].clients.get(name, NOTHING).nanodollars_billed
-                / NANO,
-            }
-            for name, limit in [*self._access.budgets.items()][:MAX_BUDGETS]
-        ]
+        sums = {"day": today.clients, "month": month.clients, "ever": ever.clients}
+        told = []
+        for name, limit in [*self._access.budgets.items()][:MAX_BUDGETS]:
+            clients = sums[limit.period]
+            billed = clients.get(name, NOTHING).nanodollars_billed
+            if name not in clients and OTHER in clients:
+                # One of so many that the sums above do not name it; its budget does.
+                client = Client(client=name, limit=limit)
+                billed = await self._fetch(("budget", name), partial(self._service.billed, client))
+            told.append(
+                {
+                    "client": name,
+                    "period": limit.period,
+                    "usd": limit.nanodollars / NANO,
+                    "usd_billed": billed / NANO,
+                }
+            )
         return sorted(told, key=lambda one: -float(one["usd_billed"]) / (float(one["usd"]) or 1))
 
     def _gauges(self, name: str, provider: str | None = None) -> Sequence[float]:

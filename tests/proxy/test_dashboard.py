@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import aiohttp
 import pytest
+from embedding_proxy.cache import ledger
 from embedding_proxy.providers.charge import NANO, SpendingLimit
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, new_key
 from embedding_proxy.proxy.config.schema import Settings
@@ -166,8 +167,10 @@ async def test_an_outbox_and_failovers_are_told_where_there_are_any(start_proxy,
     assert names["openai"]["failures"] == {"upstream_error": names["openai"]["attempts"]}
 
 
-async def test_budgets_of_clients(start_proxy, upstream, tmp_path):
-    """What each client with a budget has spent of it, the one that is nearest to its end first."""
+@pytest.mark.parametrize("names", [1000, 1])
+async def test_budgets_of_clients(names, start_proxy, upstream, tmp_path, monkeypatch):
+    """What each has spent of its own, the nearest to its end first; also where names are summed."""
+    monkeypatch.setattr(ledger, "MAX_LEDGER_KEYS", names)
     limits = {"rich": SpendingLimit(NANO), "poor": SpendingLimit(100, "day"), "free": None}
     made = {name: new_key() for name in limits}
     stored = [
@@ -185,8 +188,14 @@ async def test_budgets_of_clients(start_proxy, upstream, tmp_path):
         ("poor", "day", 1e-7),
         ("rich", "ever", 1.0),
     ]
-    spent = {line["name"]: line["ever"]["usd_billed"] for line in state["clients"]}
-    assert all(one["usd_billed"] == spent[one["client"]] > 0 for one in state["budgets"])
+    spent = [one["usd_billed"] for one in state["budgets"]]
+    assert all(spent)
+    told = {line["name"]: line["ever"]["usd_billed"] for line in state["clients"]}
+    if names == 1:
+        assert len(told) == 2
+        assert sum(told.values()) == pytest.approx(sum(spent))
+    else:
+        assert told == {"poor": spent[0], "rich": spent[1]}
 
 
 async def test_history_by_hour_and_by_day(start_proxy, upstream):
