@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 MODEL = "text-embedding-3-small"
 KEYS = [{"key": "ours", "name": "ops", "admin": True}]
-SECONDS = 60
+SECONDS = 180
 
 
 @pytest.fixture
