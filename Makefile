@@ -7,7 +7,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients reloads leases shared kills paths clients pins client-pins audit sbom release deploy-check clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients dashboard reloads leases shared kills paths clients pins client-pins audit sbom release deploy-check clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -159,6 +159,18 @@ flow: .venv/test
 CONNECTIONS ?= 1000
 slow-clients: .venv/test
 	$(BIN)/python -m bench.slow_clients --connections $(CONNECTIONS)
+
+# The dashboard in Chromium, with thirteen months of figures and two workers under a load; axe-core, from npm,
+# looks at it. PICTURES is a folder for what is seen; docs/ shows them.
+AXE = build/axe/package/axe.min.js
+PICTURES ?=
+dashboard: .venv/test $(AXE)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/dashboard_trial.py --axe $(AXE) \
+		$(if $(PICTURES),--pictures $(PICTURES))
+
+$(AXE):
+	mkdir -p build/axe
+	cd build/axe && npm pack --silent axe-core@4.14.1 && tar xzf axe-core-4.14.1.tgz
 
 # The libraries that people use, each in an environment of its own, at the upstream and at the proxy: what
 # they get, and then how they give up: some ten minutes. Needs go, java and mvn; CLIENTS="node openai-3" tries

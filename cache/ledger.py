@@ -1,5 +1,7 @@
 """Usage, and the ledger that sums it by day, partition, model, provider and client.
 
+The sums of the last HOURS_KEPT hours are kept by hour too, by model and client.
+
 Sums grow in memory and are written with the next transaction, or after a while. A charge is counted
 as soon as it is known, so before the record that it paid for is written. `disk.ledger_reader` reads
 the sums on disk.
@@ -8,6 +10,7 @@ the sums on disk.
 import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import reduce
 from operator import add
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -57,6 +60,10 @@ NOTHING = Usage()
 
 MAX_LEDGER_KEYS = 1000
 """Ledger keys with a line of their own: of a process since its start, and of a day on disk."""
+HOURS_KEPT = 62 * 24
+"""So many hours have sums of their own."""
+MAX_HOUR_LINES = 100
+"""Lines of an hour, by model and client; what comes later is one more line."""
 
 
 class LedgerKey(NamedTuple):
@@ -160,6 +167,10 @@ class LedgerFilter(NamedTuple):
     """None = those of all clients."""
     first_day: int = 0
     """Days since 1970, UTC."""
+    end_day: int | None = None
+    """The first day that is left out; None = none is."""
+    model: str | None = None
+    """None = those of all models."""
 
 
 ALL_LINES = LedgerFilter()
@@ -197,3 +208,34 @@ def add_up(nodes: Sequence[NodeSums], by: Sequence[By]) -> list[Line] | None:
         chosen = tuple(names[place] for place in places)
         sums[chosen] = sums[chosen].plus(usage) if chosen in sums else usage
     return sorted(sums.items(), key=lambda line: tuple(map(str, line[0])))
+
+
+class LedgerSums(NamedTuple):
+    """The sums of some days, three times: by day, by model and by client."""
+
+    days: dict[int, Usage]
+    """By days since 1970, UTC."""
+    models: dict[str, Usage]
+    """The first MAX_LEDGER_KEYS; those beyond are summed under OTHER."""
+    clients: dict[str, Usage]
+    """Likewise."""
+
+    @property
+    def total(self) -> Usage:
+        """The sums of all days."""
+        return reduce(Usage.plus, self.days.values(), NOTHING)
+
+    @classmethod
+    def empty(cls) -> "LedgerSums":
+        """Return the sums of nothing."""
+        return cls({}, {}, {})
+
+    def add(self, other: "LedgerSums") -> None:
+        """Add other sums to these, in place."""
+        for day, usage in other.days.items():
+            self.days[day] = self.days.get(day, NOTHING).plus(usage)
+        for own, more in ((self.models, other.models), (self.clients, other.clients)):
+            for name, usage in more.items():
+                is_full = len(own) >= MAX_LEDGER_KEYS and name not in own
+                place = OTHER if is_full else name
+                own[place] = own.get(place, NOTHING).plus(usage)

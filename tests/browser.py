@@ -5,6 +5,7 @@ here. Source of the protocol: https://chromedevtools.github.io/devtools-protocol
 """
 
 import asyncio
+import base64
 import itertools
 import json
 import os
@@ -43,6 +44,8 @@ class Browser:
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
+        self.events: list[dict[str, Any]] = []
+        """What pages have told of themselves, as far as they were asked to: see `Page.watch`."""
 
     async def __aenter__(self) -> Self:
         assert PATH is not None
@@ -97,6 +100,8 @@ class Browser:
     async def _receive(self) -> None:
         async for message in self._socket:
             told = json.loads(message.data)
+            if "method" in told:
+                self.events.append(told)
             answer = self._answers.pop(told.get("id"), None)
             if answer is None or answer.done():
                 continue
@@ -115,7 +120,7 @@ class Page:
 
     async def go(self, url: str) -> None:
         """Go to an address. Raises PageFailed."""
-        done = await self._browser.call("Page.navigate", self._session, url=url)
+        done = await self.call("Page.navigate", url=url)
         if "errorText" in done:
             raise PageFailed(done["errorText"])
         await self.arrived(url)
@@ -129,6 +134,74 @@ class Page:
             with suppress(PageFailed):
                 told = await self.run(where)
             await asyncio.sleep(0.01)
+
+    async def call(self, method: str, **given: object) -> Any:
+        """Call a method of the protocol. Raises PageFailed."""
+        return await self._browser.call(method, self._session, **given)
+
+    async def watch(self) -> None:
+        """Have the browser note in `events` what the page requests, and what goes wrong in it."""
+        for domain in ("Network", "Runtime", "Log"):
+            await self.call(f"{domain}.enable")
+
+    @property
+    def requested(self) -> set[str]:
+        """The addresses that were requested since `watch`."""
+        return {
+            told["params"]["request"]["url"]
+            for told in self._browser.events
+            if told["method"] == "Network.requestWillBeSent" and told["sessionId"] == self._session
+        }
+
+    @property
+    def complaints(self) -> list[str]:
+        """What the page's console has said since `watch`: errors, warnings, what was not caught."""
+        return [
+            json.dumps(told["params"])
+            for told in self._browser.events
+            if told.get("sessionId") == self._session
+            and (
+                told["method"] == "Runtime.exceptionThrown"
+                or (
+                    told["method"] == "Runtime.consoleAPICalled"
+                    and told["params"]["type"] in {"error", "warning", "assert"}
+                )
+                or (
+                    told["method"] == "Log.entryAdded"
+                    and told["params"]["entry"]["level"] in {"error", "warning"}
+                )
+            )
+        ]
+
+    async def look(self, *, width: int, height: int, scheme: str, scale: float = 1) -> None:
+        """Take a size, in pixels of CSS, and a color scheme: "light" or "dark"."""
+        size = {"width": width, "height": height, "deviceScaleFactor": scale}
+        await self.call("Emulation.setDeviceMetricsOverride", **size, mobile=width < 600)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        await self.call("Emulation.setEmulatedMedia", features=features)
+
+    async def shoot(self, *, is_whole: bool = False) -> bytes:
+        """Return a picture of the page as WebP: of what is seen, or of all of it."""
+        form = {"format": "webp", "quality": 85}
+        done = await self.call("Page.captureScreenshot", captureBeyondViewport=is_whole, **form)
+        return base64.b64decode(done["data"])
+
+    async def press(self, key: str, text: str = "") -> None:
+        """Press a key, by its name; `text` is what it types."""
+        codes = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35}
+        given = {"key": key, "windowsVirtualKeyCode": codes[key], "text": text}
+        for kind in ("keyDown", "keyUp"):
+            await self.call("Input.dispatchKeyEvent", type=kind, **given)
+
+    async def until(self, script: str) -> Any:
+        """Wait until an expression is true, and return what it comes to then."""
+        found = None
+        while not found:
+            # Between two pages there is nothing to run a script in.
+            with suppress(PageFailed):
+                found = await self.run(script)
+            await asyncio.sleep(0.01)
+        return found
 
     async def run(self, script: str) -> Any:
         """Return what an expression comes to, awaited. Raises PageFailed."""

@@ -78,6 +78,7 @@ SLOW = {
     "test_charges",
     "test_check",
     "test_cli",
+    "test_dashboard_page",
     "test_client_keys",
     "test_compare",
     "test_config_pairs",

@@ -132,6 +132,8 @@ async def test_every_route_is_in_the_readme(start_proxy):
     """Each method and path stands in the README; other beginnings and ends of it are told."""
     bare = ("/livez", "/readyz", "/healthz", "/health", "/status", "/metrics", "/openapi.json")
     bare += ("/openai/deployments/{model}/embeddings", "/")
+    page = ("", "/login", "/logout", "/state", "/history", "/history.csv", "/events")
+    bare += tuple(f"/dashboard{part}" for part in (*page, "/static/{name}"))
     proxy = await start_proxy()
     routes = set()
     for route in proxy.app.router.routes():

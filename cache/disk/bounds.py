@@ -1,4 +1,4 @@
-"""How many rows the tables `Partitions` and `Usage` get, whatever clients and upstreams name.
+"""How many rows `Partitions`, `Usage` and `Hours` get, whatever clients and upstreams name.
 
 Further fields of requests make spaces, clients' keys make namespaces, and open models make both. So
 the first so many have a row of their own, and what comes later shares one. Nothing is lost by it:
@@ -10,7 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from embedding_proxy.cache.key import OTHER, OTHER_NAMESPACE, Partition
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, LedgerKey, Usage
+from embedding_proxy.cache.ledger import (
+    HOURS_KEPT,
+    MAX_HOUR_LINES,
+    MAX_LEDGER_KEYS,
+    LedgerKey,
+    Usage,
+)
 
 from .schema import Sql
 
@@ -103,6 +109,33 @@ def usage_rows(
                 rows[day] += 1
                 new.add(key)
         yield (*key, *sums)
+
+
+def hour_rows(
+    sql: Sql, usage: Mapping[tuple[int, LedgerKey], Usage], now_hour: int
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of table `Hours` to be added: hour, model, client, sums.
+
+    Sums of today belong to the present hour, and those of an earlier day, which are written late,
+    to its last one; so the hours of a day come to the sums of the day. What is older than
+    HOURS_KEPT has no hour. Beyond MAX_HOUR_LINES rows, what is new is summed in one.
+    """
+    sums: dict[tuple[int, str, str], Usage] = {}
+    for (day, heading), added in usage.items():
+        key = min(now_hour, 24 * day + 23), heading.model, heading.client
+        if key[0] > now_hour - HOURS_KEPT:
+            sums[key] = sums[key].plus(added) if key in sums else added
+    rows: dict[int, int] = {}
+    for key, added in sums.items():
+        hour, *names = key
+        if hour not in rows:
+            ((rows[hour],),) = sql("SELECT count(*) FROM Hours WHERE hour = ?", (hour,))
+        found = sql("SELECT 1 FROM Hours WHERE (hour, model, client) = (?, ?, ?)", key)
+        if found.fetchone() is None:
+            rows[hour] += 1
+            if rows[hour] > MAX_HOUR_LINES:
+                names = [OTHER, OTHER]
+        yield (hour, *names, *added)
 
 
 def _is_there(sql: Sql, key: tuple[Any, ...]) -> bool:

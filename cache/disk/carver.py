@@ -45,11 +45,14 @@ _WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
 _MIN_MS = 1 << 32  # A time in milliseconds is higher, the number of a partition is lower.
 
 USAGE, USAGE_COPY, LAYOUT_1 = "iisssiiiiiiii", "iiiiiiiiiisss", "iiiiiiii"
-LEDGER_SHAPES = USAGE, USAGE_COPY, LAYOUT_1
-"""The shapes of rows (see `pages`): of the table, of its index, and of the table of layout 1."""
+HOURS = "issiiiiiiii"
+LEDGER_SHAPES = USAGE, USAGE_COPY, LAYOUT_1, HOURS
+"""The shapes of rows (see `pages`): of the table, of its index, of the table of layout 1, and of
+table `Hours`."""
 
 LedgerLine: TypeAlias = tuple[int, int, str, str, str]
-"""Day (since 1970, UTC), number of the partition, model, provider and client."""
+"""Day (since 1970, UTC), number of the partition, model, provider and client; of table `Hours` the
+hour, 0, model, "" and client."""
 _LineSums: TypeAlias = dict[LedgerLine, tuple[bool, Usage]]
 """For each line: whether its page is sound, and its sums."""
 
@@ -145,6 +148,11 @@ class RecordCarver:
             key = day, LedgerKey(partition or UNKNOWN, *names)
             sums[key] = sums[key].plus(usage) if key in sums else usage
         return sums
+
+    @property
+    def hours(self) -> dict[tuple[int, str, str], Usage]:
+        """The sums of the ledger's last weeks, by hour (since 1970, UTC), model and client."""
+        return self._ledger.hours
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows that have no later version and are named by something else."""
@@ -339,7 +347,7 @@ class LedgerPage:
         self._before = shape, values
         line, sums = _split(shape, values)
         if not (
-            0 <= line[0] < _MAX_DAYS
+            0 <= line[0] < _MAX_DAYS * (24 if shape == HOURS else 1)
             and 0 <= line[1] < _MAX_PARTITIONS
             and all(0 <= number < _MAX_SUM for number in sums)
         ):
@@ -366,8 +374,22 @@ class CarvedLedger:
         """Whether there are only lines of layout 1, which name no model."""
         return not (self._lines_by_shape[USAGE] or self._lines_by_shape[USAGE_COPY])
 
+    @property
+    def hours(self) -> dict[tuple[int, str, str], Usage]:
+        """The sums of table `Hours`, by hour (since 1970, UTC), model and client.
+
+        The table has no second copy: what stood on a damaged page of it is known by day alone.
+        """
+        return {
+            (hour, model, client): usage
+            for (hour, _, model, _, client), (is_sound, usage) in self._lines_by_shape[
+                HOURS
+            ].items()
+            if is_sound
+        }
+
     def lines(self) -> Iterator[tuple[LedgerLine, Usage]]:
-        """Yield each line once."""
+        """Yield each line of the days once."""
         if self.is_of_layout_1:
             # In a file of a later layout these lines are counted there too.
             merged = self._lines_by_shape[LAYOUT_1]
@@ -400,4 +422,7 @@ def _split(shape: str, values: tuple[Any, ...]) -> tuple[LedgerLine, tuple[int, 
         return (values[0], values[1], "", "", ""), values[2:]
     if shape == USAGE:
         return values[:-_SUMS], values[-_SUMS:]
+    if shape == HOURS:
+        hour, model, client = values[:-_SUMS]
+        return (hour, 0, model, "", client), values[-_SUMS:]
     return values[_SUMS:], values[:_SUMS]

@@ -440,7 +440,7 @@ class Disk:
         inode = quarantine.inode_of(path)
         try:
             return Database(self.folder, self._size_limit, self._lock, self._pinned)
-        except FAILURES as error:
+        except (*FAILURES, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
         with self._lock:

@@ -379,7 +379,7 @@ class Database:
         full: StoreFull | None = None
         with self.transaction(2 * pages_needed + _OTHER_PAGES) as connection:
             changes.delete_records(connection)
-            changes.put_sums(connection)
+            changes.put_sums(connection, int(time.time() // 3600))
             there_is_room = True
             try:
                 there_is_room = self._make_room(pages_needed, pages_needed, changes, recent or {})
@@ -440,6 +440,8 @@ _DAMAGE = (
 
 def is_damage(error: BaseException) -> bool:
     """Tell whether an error means that the file itself is unusable, now and later."""
+    if isinstance(error, UnicodeDecodeError):
+        return True  # A message of SQLite that quotes a damaged schema.
     if isinstance(error, sqlite3.OperationalError):
         # Nearly all of these are about the moment: locked, full, no such file. But a damaged
         # schema may lack what every store has.

@@ -1,15 +1,17 @@
 """The sums of the ledger as they are on disk (see `cache.ledger`)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import orjson
 from embedding_proxy.cache.key import OTHER, OTHER_NAMESPACE
-from embedding_proxy.cache.ledger import ALL_LINES, By, LedgerFilter, Line, Usage
+from embedding_proxy.cache.ledger import ALL_LINES, By, LedgerFilter, LedgerSums, Line, Usage
 
 from .schema import Sql
 
+DAYS_A_STEP = 31
+"""Days that are read at a time."""
 _IN_REST = {
     By.MODEL: f"'{OTHER}'",
     By.CLIENT: f"'{OTHER}'",
@@ -40,11 +42,7 @@ def read(
     names = ", ".join(by)
     sums = ", ".join(f"sum({name}) AS {name}" for name in Usage._fields)
     groups = f" GROUP BY {names}" if by else ""
-    values: dict[str, Any] = {"first_day": lines.first_day}
-    condition = "day >= :first_day"
-    if lines.client is not None:
-        values["client"] = lines.client
-        condition += " AND client = :client"
+    condition, values = _condition(lines)
     table = f"FROM Usage LEFT JOIN Partitions ON id = partition WHERE {condition}{groups}"
     order = f" ORDER BY {names}" if by else ""
     statement = f"SELECT {', '.join((*by, sums))} {table}{order}"
@@ -72,6 +70,48 @@ def read(
     rows = sql(statement, values)
     # Without groups, the sums of nothing are one row of NULLs.
     return [(tuple(row[: len(by)]), Usage(*row[len(by) :])) for row in rows if row[-1] is not None]
+
+
+def _condition(lines: LedgerFilter, day: str = "day") -> tuple[str, dict[str, Any]]:
+    """Return the condition on rows, and its values; `day` is what the columns call a day."""
+    terms, values = [f"{day} >= :first_day"], lines._asdict()
+    if lines.end_day is not None:
+        terms.append(f"{day} < :end_day")
+    terms += [f"{name} = :{name}" for name in ("client", "model") if values[name] is not None]
+    return " AND ".join(terms), values
+
+
+def read_sums(sql: Sql, lines: LedgerFilter = ALL_LINES) -> Iterator[LedgerSums]:
+    """Yield the sums of the days that have any, in parts of DAYS_A_STEP days. Raises FAILURES.
+
+    Each part is short reads of its own, so the write-ahead log does not grow meanwhile.
+    """
+    day = lines.first_day
+    while True:
+        ((day,),) = sql("SELECT min(day) FROM Usage WHERE day >= ?", (day,)).fetchall()
+        if day is None or (lines.end_day is not None and day >= lines.end_day):
+            return
+        end = day + DAYS_A_STEP if lines.end_day is None else min(day + DAYS_A_STEP, lines.end_day)
+        part = lines._replace(first_day=day, end_day=end)
+        yield LedgerSums(
+            *(
+                {name: usage for (name,), usage in read(sql, [by], lines=part)}
+                for by in (By.DAY, By.MODEL, By.CLIENT)
+            )
+        )
+        day = end
+
+
+def read_hours(sql: Sql, lines: LedgerFilter) -> dict[int, Usage]:
+    """Return the sums by hour (since 1970, UTC), as far as they are kept. Raises FAILURES."""
+    condition, values = _condition(lines, "hour / 24")
+    sums = ", ".join(f"sum({name})" for name in Usage._fields)
+    rows = sql(
+        f"SELECT hour, {sums} FROM Hours WHERE hour >= 24 * :first_day AND {condition}"
+        " GROUP BY hour",
+        values,
+    )
+    return {hour: Usage(*numbers) for hour, *numbers in rows}
 
 
 def copies_agree(sql: Sql) -> bool:

@@ -25,6 +25,8 @@ PATIENCE_SECONDS = 5.0
 SLOW_SECONDS = 0.005
 """A shorter read does not delay others noticeably."""
 LEDGER_DAMAGED = "the ledger is damaged: its two copies disagree"
+MAX_REST_SECONDS = 0.05
+"""Between two parts of the ledger: others get the processor as long as a part took, or so long."""
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _RAW = 1  # diskcache's mode of a value that is bytes and nothing else
 
@@ -93,6 +95,26 @@ def read_ledger(
         return ledger_reader.read(connection.execute, by, max_lines, preferred, lines)
 
 
+def read_ledger_sums(
+    path: Path, lines: ledger.LedgerFilter = ledger.ALL_LINES
+) -> ledger.LedgerSums:
+    """Return the sums of some days, read in parts, with rests between them; see `ledger_reader`."""
+    sums = ledger.LedgerSums.empty()
+    with contextlib.closing(_connect(path, "mode=ro")) as connection:
+        began = time.monotonic()
+        for part in ledger_reader.read_sums(connection.execute, lines):
+            sums.add(part)
+            time.sleep(min(MAX_REST_SECONDS, time.monotonic() - began))
+            began = time.monotonic()
+    return sums
+
+
+def read_ledger_hours(path: Path, lines: ledger.LedgerFilter) -> dict[int, ledger.Usage]:
+    """Return the sums by hour, as far as they are kept; see `ledger_reader`."""
+    with contextlib.closing(_connect(path, "mode=ro")) as connection:
+        return ledger_reader.read_hours(connection.execute, lines)
+
+
 class ReadOnlyFile:
     """A store's file that cannot be written now. For one thread. Raises sqlite3.Error.
 
@@ -151,7 +173,8 @@ class DamagedFile:
         for query in ("mode=ro", "mode=ro&immutable=1"):
             # The second is used if SQLite can make no file beside it; it then reads no log.
             self.close()
-            with contextlib.suppress(sqlite3.Error):
+            # SQLite's message may quote a damaged schema, which is no text.
+            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 self._connection = _connected(quarantined.path, query, patience_s=PATIENCE_SECONDS)
                 self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
                 return

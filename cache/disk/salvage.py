@@ -36,7 +36,7 @@ from .connection import Disk, folder_of, opened
 from .database import FAILURES, FILE_NAME, Database, FileReplaced, is_damage
 from .lock import WriterLock
 from .quarantine import QuarantinedFile
-from .write_batch import PendingRecord, WriteBatch
+from .write_batch import PendingRecord, WriteBatch, put_hours
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def steps(
     """
     with RecordCarver(path, report, progress) as carver:
         if with_sums:
-            yield partial(_put_sums, carver.usage, carver.salvaged | {name}, name)
+            yield partial(_put_sums, carver.usage, carver.hours, carver.salvaged | {name}, name)
         for rows in _batches(carver.rows()):
             yield partial(_put_records, rows)
         for rows in _batches(carver.late_rows()):
@@ -203,8 +203,9 @@ def _run(
     return outcome, report
 
 
-def _put_sums(
+def _put_sums(  # noqa: PLR0913, PLR0917 - what was found, and where it goes
     usage: dict[tuple[int, LedgerKey], Usage],
+    hours: dict[tuple[int, str, str], Usage],
     names: Collection[str],
     name: str,
     database: Database,
@@ -215,6 +216,7 @@ def _put_sums(
         if rows.fetchone() is not None:
             return
         WriteBatch(usage=usage).put_sums(connection)
+        put_hours(connection, ((*line, *sums) for line, sums in hours.items()))
         connection.executemany(
             "INSERT OR IGNORE INTO Salvaged (name) VALUES (?)",
             [(folder_name,) for folder_name in names],

@@ -19,7 +19,7 @@ MMAP_BYTES = 1 << 36
 """Reads go through the page cache without copies; most builds of SQLite map at most 2 GiB."""
 CACHE_PAGES = 1024
 """A connection's own cache, 32 MiB: beyond what is mapped it saves the index from being re-read."""
-LAYOUT = 3
+LAYOUT = 4
 """The layout, in `PRAGMA user_version`. A file of an older layout is upgraded when it is opened."""
 
 INCREMENTAL = 2
@@ -97,7 +97,14 @@ _FROM_2 = (
     """CREATE INDEX Cache_expire_time ON Cache (expire_time)
         WHERE expire_time IS NOT NULL""",
 )
-_STEPS = {0: _FROM_NONE, 1: _FROM_1, 2: _FROM_2}
+_FROM_3 = (
+    # The ledger's last weeks by hour (since 1970, UTC), see `bounds.hour_rows`.
+    f"""CREATE TABLE Hours (
+        hour INTEGER NOT NULL, model TEXT NOT NULL, client TEXT NOT NULL,
+        {", ".join(f"{name} INTEGER NOT NULL" for name in _SUMS)},
+        PRIMARY KEY (hour, model, client)) WITHOUT ROWID""",
+)
+_STEPS = {0: _FROM_NONE, 1: _FROM_1, 2: _FROM_2, 3: _FROM_3}
 """The statements that lead from each older layout to the next."""
 
 

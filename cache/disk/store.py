@@ -20,12 +20,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Self, TypeVar
 
 from embedding_proxy.cache.disk.connection import Disk, StoreError
 from embedding_proxy.cache.disk.database import FAILURES, FILE_NAME, is_damage
 from embedding_proxy.cache.disk.lock import WriterLock
-from embedding_proxy.cache.disk.read_only import read_ledger
+from embedding_proxy.cache.disk.read_only import (
+    read_ledger,
+    read_ledger_hours,
+    read_ledger_sums,
+)
 from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.salvage import Salvager
 from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord, Use, WriteBatch
@@ -37,6 +41,7 @@ from embedding_proxy.cache.ledger import (
     By,
     LedgerFilter,
     LedgerKey,
+    LedgerSums,
     Line,
     Usage,
 )
@@ -46,6 +51,8 @@ from . import purge
 log = logging.getLogger("embedding_proxy.store")
 
 __all__ = ["Store", "StoreError"]
+
+_Read = TypeVar("_Read")
 
 TICK_SECONDS = 1.0
 FLUSH_TICKS = 10
@@ -233,11 +240,27 @@ class Store:
 
         A separate thread reads them, so no lookup waits for it. Never raises.
         """
+        return await self._read_ledger(
+            partial(read_ledger, by=by, max_lines=max_lines, preferred=preferred, lines=lines)
+        )
+
+    async def ledger_sums(self, lines: LedgerFilter = ALL_LINES) -> LedgerSums | None:
+        """Return the sums of some days by day, model and client; None if they cannot be read.
+
+        They are read in short parts, however many lines there are. Never raises.
+        """
+        return await self._read_ledger(partial(read_ledger_sums, lines=lines))
+
+    async def ledger_hours(self, lines: LedgerFilter) -> dict[int, Usage] | None:
+        """Return the sums by hour (since 1970, UTC), as far as they are kept. Never raises."""
+        return await self._read_ledger(partial(read_ledger_hours, lines=lines))
+
+    async def _read_ledger(self, read: Callable[[Path], _Read]) -> _Read | None:
         path = self.folder / FILE_NAME
         for is_last_try in (False, True):
             file = self._disk.file
             try:
-                return await asyncio.to_thread(read_ledger, path, by, max_lines, preferred, lines)
+                return await asyncio.to_thread(read, path)
             except FAILURES as error:
                 if is_last_try or file is None or not is_damage(error):
                     log.warning("the ledger cannot be read: %s", error)

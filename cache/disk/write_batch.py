@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import LedgerKey, Usage
+from embedding_proxy.cache.ledger import HOURS_KEPT, LedgerKey, Usage
 from embedding_proxy.providers.base import current_label
 
 from . import bounds
@@ -49,6 +49,15 @@ _COUNT = """
         tokens_billed = tokens_billed + excluded.tokens_billed,
         nanodollars_saved = nanodollars_saved + excluded.nanodollars_saved,
         nanodollars_billed = nanodollars_billed + excluded.nanodollars_billed
+"""
+_COUNT_HOUR = f"""
+    INSERT INTO Hours VALUES (?, ?, ?, {", ".join("?" * len(Usage._fields))})
+    ON CONFLICT (hour, model, client) DO UPDATE SET
+        {", ".join(f"{name} = {name} + excluded.{name}" for name in Usage._fields)}
+"""
+# A day's worth at a time: after a long rest the first write has much to delete.
+_FORGET_HOURS = """
+    DELETE FROM Hours WHERE hour <= ? AND hour < (SELECT min(hour) FROM Hours) + 24
 """
 
 
@@ -113,13 +122,17 @@ class WriteBatch:
         if self.deletions:
             connection.executemany(_DELETE, self.deletions)
 
-    def put_sums(self, connection: Any) -> None:  # noqa: ANN401
-        """Add to the sums."""
+    def put_sums(self, connection: Any, now_hour: int | None = None) -> None:  # noqa: ANN401
+        """Add to the sums; to those of hours (since 1970, UTC) only where the present one is given.
+
+        Sums that are known by day alone, as those of another file, have no hour.
+        """
         ids = _partition_ids(connection, {heading.partition for _, heading in self.usage})
-        connection.executemany(
-            _COUNT,
-            list(bounds.usage_rows(connection.execute, self.usage, ids)),
-        )
+        sql = connection.execute
+        connection.executemany(_COUNT, list(bounds.usage_rows(sql, self.usage, ids)))
+        if self.usage and now_hour is not None:
+            put_hours(connection, bounds.hour_rows(sql, self.usage, now_hour))
+            sql(_FORGET_HOURS, (now_hour - HOURS_KEPT,))
 
     def put_uses(self, connection: Any, interval_ms: int) -> None:  # noqa: ANN401
         """Note the times of uses, if the last noted use is older."""
@@ -148,6 +161,11 @@ class WriteBatch:
                 for a, pending in self.records.items()
             ),
         )
+
+
+def put_hours(connection: Any, rows: Iterable[tuple[Any, ...]]) -> None:  # noqa: ANN401
+    """Add rows to table `Hours`: hour, model, client, sums. They are read to the end first."""
+    connection.executemany(_COUNT_HOUR, list(rows))
 
 
 def _partition_ids(

@@ -43,6 +43,25 @@ def read_size(directory: Path) -> StoreSize | None:
         return None
 
 
+def read_age(directory: Path) -> tuple[float, float] | None:
+    """Return when the oldest entry was stored, and when the one was used that was used longest ago.
+
+    In seconds since 1970. None where there is none, or the store cannot be read. A look into an
+    index for each partition, however many entries there are.
+    """
+    path = connection.folder_of(directory) / FILE_NAME
+    try:
+        with contextlib.closing(ReadOnlyFile(path)) as store:
+            ((stored, used),) = store.sql(
+                "SELECT min((SELECT min(stored) FROM Entries WHERE partition IS number)),"
+                " (SELECT min(used) FROM Entries)"
+                " FROM (SELECT id AS number FROM Partitions UNION ALL SELECT NULL)"
+            ).fetchall()
+        return None if stored is None else (stored / 1000, used / 1000)
+    except (OSError, sqlite3.Error, ValueError):
+        return None
+
+
 class _Entered(NamedTuple):
     """Sums of a partition's entries; times in milliseconds."""
 

@@ -35,6 +35,8 @@ from .app_runner import (
     UNREAD,
 )
 from .auth import Authenticator, KeysWatch, read_keys
+from .dashboard_figures import Figures
+from .dashboard_routes import Dashboard
 from .embeddings import Embeddings
 from .metrics_listener import MetricsListener
 from .middleware import METRICS_PATH, Observers, admin_only, request_middleware
@@ -49,6 +51,7 @@ RETRY_HEADER = "x-stainless-retry-count"
 themselves."""
 SERVICE = web.AppKey("service", EmbeddingService)
 METRICS = web.AppKey("metrics", Metrics)
+DASHBOARD = web.AppKey("dashboard", Dashboard)
 
 
 def build_app(
@@ -119,7 +122,17 @@ def build_app(
     embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses), unread)
     responses.handler = embeddings
     _add_routes(app, embeddings, service, settings, access, passthrough, metrics)
+    _add_dashboard(app, service, access)
     return app
+
+
+def _add_dashboard(app: web.Application, service: EmbeddingService, access: Authenticator) -> None:
+    """Add the page for people. Its routes come after those of the metrics that it reads."""
+    figures = Figures(service, app[METRICS], access)
+    is_encrypted = service.settings.server.tls is not None
+    app[DASHBOARD] = dashboard = Dashboard(service, access, figures, app[REQUESTS], is_encrypted)
+    app.cleanup_ctx.append(dashboard.run)
+    dashboard.add_routes(app)
 
 
 def _tracing(settings: Settings) -> "Tracing | None":
@@ -180,4 +193,3 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
         app.router.add_get(path, status.live)
     app.router.add_get("/readyz", status.ready)
     app.router.add_get(status.DESCRIPTION_PATH, status.describe)
-    app.router.add_get(status.ROOT, status.root)

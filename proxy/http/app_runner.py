@@ -334,7 +334,7 @@ class Runner:
                 log.info("request %s failed when its client had left: %s", key.request_id, reason)
                 requests.observe(EMBEDDINGS, CLIENT_GONE, seconds)
             return
-        requests.observe(EMBEDDINGS, 200, seconds)
+        requests.observe(EMBEDDINGS, 200, seconds, answer.headers.get("x-cache"))
         client = "" if key.context is None else key.context.caller.client
         lines.write_answer(key.request_id, client, answer, seconds)
 

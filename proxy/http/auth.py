@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from aiohttp import web
+from embedding_proxy.providers.charge import SpendingLimit
 from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, is_key
 from embedding_proxy.proxy.config.schema import ClientKey
@@ -134,6 +135,28 @@ class Authenticator:
         if valid:
             return valid[0].client
         return _EXPIRED if found else _UNKNOWN
+
+    def digest_of(self, key: str) -> bytes:
+        """Return what stands for a key that was admitted, wherever the key itself may not."""
+        return digest(key.strip())
+
+    def find(self, is_meant: Callable[[bytes], bool]) -> Client | None:
+        """Return the client of the first key, not expired, of whose digest something is true."""
+        now = self._clock()
+        return next(
+            (
+                one.client
+                for one in self._admissions.values()
+                if now < one.expires and is_meant(one.digest)
+            ),
+            None,
+        )
+
+    @property
+    def budgets(self) -> dict[str, SpendingLimit]:
+        """The budgets of the keys that have one, by client, in the order of the names."""
+        limits = {one.client.client: one.client.limit for one in self._admissions.values()}
+        return {name: limit for name, limit in sorted(limits.items()) if limit is not None}
 
     def has_metrics_token(self, authorization: str | None) -> bool:
         """Tell whether a request holds the token of `server.metrics_token`, which is no key."""

@@ -28,7 +28,8 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from .request_metrics import EMBEDDINGS, RequestMetrics, do_nothing
+from .dashboard.failovers import FILE, Event, FailoverLog
+from .request_metrics import RequestMetrics, do_nothing
 from .shared_counters import FOLDER, PUBLISH_S, Series, SharedCounters, Totals
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ PREFIX = "embedding_proxy_"
 _LEDGER = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE)
 _OUTCOMES = ("hits", "joins", "misses", "duplicates")
 _STATES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+
+CACHE_DURATION = "cache_request_duration_seconds"
+_EVENTS = {
+    "provider_failures_total": ("failures", "provider"),
+    "circuit_breaker_openings_total": ("openings", "provider"),
+    "failovers_total": ("failovers", "model"),
+}
+"""Counters that the timeline of failovers follows: what it calls them, and whose they are."""
 
 COUNTERS = {
     "requests_total": (("route", "status"), "Requests answered, by route and status."),
@@ -69,6 +78,10 @@ COUNTERS = {
 }
 """Counters that are shared: their labels, and their help."""
 HISTOGRAMS = {
+    CACHE_DURATION: (
+        "result",
+        "Time until the reply to a request for embeddings is ready, by how the cache answered it.",
+    ),
     "request_duration_seconds": ("route", "Time until the reply to a request is ready."),
     "upstream_duration_seconds": ("provider", "Time of one call of a provider."),
 }
@@ -118,7 +131,12 @@ class Metrics:
     def __init__(self, service: EmbeddingService, requests: RequestMetrics) -> None:
         self._service = service
         self._requests = requests
-        self._shared = SharedCounters(service.settings.cache.directory / FOLDER)
+        self._shared_folder = service.settings.cache.directory / FOLDER
+        self._shared = SharedCounters(self._shared_folder)
+        self.failovers = FailoverLog(self._shared_folder / FILE)
+        self._series_known = 0
+        self._followed: list[tuple[Series, Event]] = []
+        """The series that the timeline of failovers follows, of so many that are known."""
         self._timer: asyncio.TimerHandle | None = None
         self._tiers_before: Counter[Series] = Counter()
         self._tiers_at_end: Counter[Series] = Counter()
@@ -141,6 +159,7 @@ class Metrics:
             if self._timer is not None:
                 self._timer.cancel()
             self._publish(is_over=True)
+            self.failovers.flush()
             self._shared.close()
 
     def take_over(self) -> None:
@@ -184,10 +203,29 @@ class Metrics:
     def _publish(self, *, is_over: bool = False) -> None:
         self._timer = None
         self._requests.is_change_known = False
+        counters = {Series(name, labels): value for name, labels, value in self._counters()}
         self._shared.publish(
-            {Series(name, labels): value for name, labels, value in self._counters()},
-            {Series(*one[:2]): one[2] for one in self._gauges()} if not is_over else {},
+            counters, {Series(*one[:2]): one[2] for one in self._gauges()} if not is_over else {}
         )
+        self._note_failovers(counters)
+
+    def _note_failovers(self, counters: Mapping[Series, float]) -> None:
+        if len(counters) != self._series_known:
+            self._series_known = len(counters)
+            self._followed = [
+                (series, (_EVENTS[series.name][0], dict(series.labels)[_EVENTS[series.name][1]]))
+                for series in counters
+                if series.name in _EVENTS
+            ]
+        events: dict[Event, float] = {}
+        for series, event in self._followed:
+            events[event] = events.get(event, 0) + counters.get(series, 0)
+        self.failovers.note(events)
+
+    async def totals(self) -> Totals:
+        """Return what all processes have counted; of the others what they have published."""
+        self._publish()
+        return await asyncio.to_thread(self._shared.read)
 
     async def get(self, request: web.Request) -> web.Response:
         """Answer with everything."""
@@ -239,14 +277,13 @@ class Metrics:
 
     def _requests_counted(self) -> Iterator[Value]:
         requests = self._requests
-        counts = requests.counts + Counter({(EMBEDDINGS, 200): requests.hits.count})
-        for (route, status), count in counts.items():
+        for (route, status), count in requests.by_status.items():
             yield "requests_total", (("route", route), ("status", str(status))), count
-        durations = dict(requests.durations)
-        if requests.hits.count:
-            durations[EMBEDDINGS] = requests.hits.plus(durations.get(EMBEDDINGS))
-        for route, histogram in durations.items():
+        for route, histogram in requests.by_route.items():
             yield from _of_histogram("request_duration_seconds", ("route", route), histogram)
+        for result, histogram in (("hit", requests.hits), ("miss", requests.misses)):
+            if histogram.count:
+                yield from _of_histogram(CACHE_DURATION, ("result", result), histogram)
 
     def _providers_counted(self) -> Iterator[Value]:
         service = self._service

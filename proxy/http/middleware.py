@@ -12,6 +12,7 @@ from embedding_proxy.proxy.service.request import CALLER, Client
 from . import errors, status, target
 from .auth import KEY_HEADERS, Authenticator
 from .cors import Cors
+from .dashboard_routes import is_dashboard
 from .errors import Failure
 from .origin_check import OriginCheck
 from .request_body import BodyRefused
@@ -42,14 +43,15 @@ def request_middleware(
     """Return the middleware around everything: target, host, origin and key are checked first.
 
     It gives every error OpenAI's shape. Of `status.OPEN_PATHS` only the target is checked, and
-    `status.ROOT` is answered without a key; without a CALLER in its request then.
+    `status.ROOT` and the dashboard are answered without a key, and have no CALLER in their request
+    then.
     """
     requests, lines, tracing = observers
 
     @web.middleware
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         identify(request)
-        status, start = CLIENT_GONE, request.get(BEGIN) or perf_counter()
+        status, verdict, start = CLIENT_GONE, None, request.get(BEGIN) or perf_counter()
         requests.in_flight += 1
         try:
             refused = _refuse(request, access, cors, origin_check)
@@ -61,11 +63,11 @@ def request_middleware(
             else:
                 with tracing.request(request) as span:
                     response = span.response = await _respond(request, handler)
-            status = response.status
+            status, verdict = response.status, response.headers.get("x-cache")
         finally:
             requests.in_flight -= 1
             seconds = perf_counter() - start
-            requests.observe(route_name(request), status, seconds)
+            requests.observe(route_name(request), status, seconds, verdict)
         if response.status >= 400:
             log_request(request, response)
         elif route_name(request) in LOGGED_ROUTES:
@@ -99,7 +101,8 @@ def _refuse(
         *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
     )
     if isinstance(admitted, Failure):
-        return None if request.path == status.ROOT else admitted.response()
+        is_open = request.path == status.ROOT or is_dashboard(request.path)
+        return None if is_open else admitted.response()
     request[CALLER] = admitted
     return None
 

@@ -37,7 +37,7 @@ from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 from . import control, tls
-from .app import METRICS, SERVICE, build_app
+from .app import DASHBOARD, METRICS, SERVICE, build_app
 from .app_runner import Runner
 from .control import Listener, Reply, Request, WorkerRequest
 from .status import READINESS
@@ -240,6 +240,7 @@ class Instance:
                 app = build_app(settings, successor, self._metrics_socket)
                 await self._runner.replace(app, _drain)
                 app[METRICS].take_over()
+                self._app[DASHBOARD].end_streams()
                 successor.upstreams.inherit(self.service.upstreams, _equal(self.settings, settings))
                 self.settings, self._app = settings, app
                 self._has_keys_file = settings.keys_path.exists()

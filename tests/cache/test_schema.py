@@ -14,7 +14,7 @@ from embedding_proxy.cache.disk import schema
 from embedding_proxy.cache.disk.database import is_damage
 from embedding_proxy.cache.disk.store import Store, StoreError
 from embedding_proxy.cache.key import FORMAT, keyring
-from embedding_proxy.cache.ledger import LedgerKey, Usage
+from embedding_proxy.cache.ledger import LedgerFilter, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
@@ -26,7 +26,7 @@ ROOT = Path(schema.__file__).parents[1]
 FIXTURES = {n: Path(__file__).parent / "data" / f"layout-{n}.db.gz" for n in range(schema.LAYOUT)}
 RING = keyring(Space("openai/text-embedding-3-small", 8))
 KEYS = [RING.key(f"old {i}") for i in range(20)]
-TABLES = {"Settings", "Cache", "Partitions", "Entries", "Usage", "Purges", "Salvaged"}
+TABLES = {"Settings", "Cache", "Partitions", "Entries", "Usage", "Hours", "Purges", "Salvaged"}
 INDEXES = {"Entries_used", "Entries_stored", "Usage_copy", "Cache_expire_time", "Cache_key_raw"}
 
 
@@ -197,6 +197,28 @@ async def test_a_file_of_layout_2_keeps_its_bill_and_gets_a_second_copy_of_it(ol
     ((expiry,),) = _ask(old_2, "SELECT sql FROM sqlite_master WHERE name = 'Cache_expire_time'")
     assert "WHERE expire_time IS NOT NULL" in expiry
     assert _ask(old_2, "PRAGMA integrity_check") == [("ok",)]
+
+
+async def test_a_file_of_layout_3_keeps_its_ledger_and_gets_hours_from_now_on(path):
+    """No sum changes; the hours of the past are not known, and those of today add up to the day."""
+    _written(3, path)
+    before = _ask(path, "SELECT * FROM Usage ORDER BY day, partition")
+    assert len(before) == 3
+    async with Store(path.parents[1], GIB) as store:
+        await _all_are_served(store)
+        assert await store.ledger_hours(LedgerFilter()) == {}
+        store.count(LedgerKey(RING.partition, "m", "p", "c"), Usage(misses=2))
+        store.count(LedgerKey(RING.partition, "m", "q", "c"), Usage(misses=1))
+        assert await store.flush_counts()
+        ((_, used),) = (await store.ledger_hours(LedgerFilter())).items()
+        assert used == Usage(misses=3)
+    assert _is_laid_out(path)
+    assert (
+        _ask(path, "SELECT * FROM Usage WHERE provider != 'q' ORDER BY day, partition")[:2]
+        == (before[:2])
+    )
+    assert _ask(path, "SELECT model, client, misses FROM Hours") == [("m", "c", 3)]
+    assert _ask(path, "PRAGMA integrity_check") == [("ok",)]
 
 
 OLD_LABEL = "m?task=%22private%22"
@@ -379,7 +401,7 @@ async def test_a_newer_layout_is_refused_and_left_alone(path):
         await store.put_many({KEYS[0].address: b"record"}, RING.partition)
     _ask(path, f"PRAGMA user_version = {schema.LAYOUT + 1}")
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"has layout 4, this version knows 3: use a newer"):
+    with pytest.raises(StoreError, match=r"has layout 5, this version knows 4: use a newer"):
         async with Store(path.parents[1], GIB):
             pytest.fail("the store opened")
     assert path.read_bytes() == before

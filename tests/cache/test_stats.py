@@ -107,3 +107,20 @@ def test_the_size_on_disk_is_that_of_the_file_and_its_log(database):
     sizes = [path.stat().st_size for path in (database.path, log, index)]
     assert all(sizes)
     assert stats.gather(database).file_bytes == sum(sizes[:2])
+
+
+def test_ages_are_found_by_the_indexes_alone(database, tmp_path):
+    """Of the oldest entry, in whatever partition, and of the one that is unused for longest."""
+    assert stats.read_age(tmp_path) is None
+    for number, partition in enumerate((HERE, None, THERE, PARAMETERS)):
+        _put(database, [2 * number, 2 * number + 1], partition, 3000.0 - number, 9000.0 + number)
+    assert stats.read_age(tmp_path) == (2997.0, 9000.0)
+    _put(database, [8], None, 2000.0, 9500.0)
+    assert stats.read_age(tmp_path) == (2000.0, 9000.0)
+    for query in (
+        "SELECT min(stored) FROM Entries WHERE partition IS 1",
+        "SELECT min(used) FROM Entries",
+    ):
+        ((*_, how),) = database.sql(f"EXPLAIN QUERY PLAN {query}").fetchall()
+        assert "COVERING INDEX Entries_" in how
+    assert stats.read_age(tmp_path / "nowhere") is None

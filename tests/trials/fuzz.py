@@ -205,8 +205,8 @@ def comparable(case: Case, responses: list[Response]) -> list[Any]:
     own = (*_OWN, "connection") if case.is_ended else _OWN
     found = []
     for one in responses:
-        # /status and /metrics tell of the process, its time and what it has counted.
-        is_told = b"uptime" in one.body or b"# TYPE" in one.body
+        # /status, /metrics and the dashboard tell of the process, its time and what it has counted.
+        is_told = any(mark in one.body for mark in (b"uptime", b"# TYPE", b"usd_saved"))
         left_out = (*own, "content-length") if is_told else own
         headers = sorted(
             (name, value) for name, value in one.headers if name.lower() not in left_out
