@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, suppress
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import openai
 import pytest
 from aiohttp import web, web_app
 from aioresponses import aioresponses
+from clock import some_turns
 from command import Run, runner
 from embedding_proxy.providers import attempts, local
 from embedding_proxy.proxy.config.schema import Settings
@@ -209,6 +210,27 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def _short_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no upstream that says nothing hold up the end of a test."""
     monkeypatch.setattr(attempts, "CLOSE_S", 0.01)
+
+
+@pytest.fixture
+async def move(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Awaitable[None]]:
+    """Give a function that moves the clock of the event loop by so many seconds.
+
+    What is given a time that no machine needs, and is moved beyond it once all is as the test wants
+    it, ends by no chance.
+    """
+    loop, ahead = asyncio.get_running_loop(), 0.0
+    if not isinstance(loop, asyncio.BaseEventLoop):
+        pytest.skip("uvloop's clock cannot be moved")
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
+
+    async def forward(seconds: float) -> None:
+        nonlocal ahead
+        ahead += seconds
+        await some_turns()
+
+    return forward
 
 
 @pytest.fixture

@@ -320,7 +320,7 @@ async def test_a_bulk_job_that_queues_is_answered_and_holds_up_no_other_model(
     bulk = asyncio.create_task(ask(proxy, inputs))
     while not throttled:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         for i in range(5):
             other = await proxy.post({"model": "text-embedding-ada-002", "input": f"{i}"})
             assert other.status == 200

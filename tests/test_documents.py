@@ -217,7 +217,9 @@ def test_what_is_told_to_install_is_what_an_extra_holds(library, place):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     assert library in {
-        named for name in ("local", "demo", "parquet", "qdrant", "otel", "redis") for named in extras[name]
+        named
+        for name in ("local", "demo", "parquet", "qdrant", "otel", "redis")
+        for named in extras[name]
     }
 
 

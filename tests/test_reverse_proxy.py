@@ -21,7 +21,7 @@ NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 SITE = (ROOT / "deploy" / "nginx" / "embedding-proxy.conf").read_text(encoding="utf-8")
 PART = b"x" * (1 << 20)
 PARTS = 30
-SECONDS = 30
+SECONDS = 60
 
 OPENSSL = shutil.which("openssl")
 

@@ -96,7 +96,7 @@ def rig():
 
 
 async def _told(*tasks):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await asyncio.gather(*tasks)
 
 

@@ -40,7 +40,7 @@ def _points(numbers, *, plain=True):
 
 async def _settled(indexer, looks):
     """Wait until nothing is pending, and the collection has been looked at since."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await indexer.snapshot())["backlog_points"]:  # noqa: ASYNC110 - it is on disk
             await asyncio.sleep(0.005)
         before = len(looks)

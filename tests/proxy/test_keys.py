@@ -576,7 +576,7 @@ def _status(url, key, text):
     """Ask over a connection of its own, so that either worker may get it."""
     body = json.dumps({"model": "m", "input": text}).encode()
     try:
-        with urlopen(Request(f"{url}/embeddings", body, _bearer(key)), timeout=20) as reply:
+        with urlopen(Request(f"{url}/embeddings", body, _bearer(key)), timeout=60) as reply:
             return reply.status
     except HTTPError as error:
         with error:
@@ -649,14 +649,14 @@ def test_prometheus_has_an_address_of_its_own(workers, tmp_path):
     place = f"http://127.0.0.1:{port}"
     with _running(tmp_path, config, workers) as (parent, url):
         assert _status(url, "a-key-of-clients", "a") in (403, 404)
-        with urlopen(f"{place}/metrics", timeout=20) as reply:
+        with urlopen(f"{place}/metrics", timeout=60) as reply:
             assert b"embedding_proxy_build_info" in reply.read()
         for path in ("/livez", "/readyz"):
-            with urlopen(place + path, timeout=20) as reply:
+            with urlopen(place + path, timeout=60) as reply:
                 assert json.loads(reply.read()) == {"status": "ok"}
         for path in ("/status", "/v1/models", "/"):
             with pytest.raises(HTTPError) as caught:
-                urlopen(place + path, timeout=20)
+                urlopen(place + path, timeout=60)
             caught.value.close()
             assert caught.value.code == 404
         with _running(tmp_path, config, workers) as (second, said):
@@ -673,7 +673,7 @@ def test_the_address_of_metrics_is_handed_over(tmp_path):
     config = {"cache": {"directory": str(tmp_path / "cache")}, "server": server}
 
     def scrape():
-        with urlopen(f"http://127.0.0.1:{ports[1]}/livez", timeout=20) as reply:
+        with urlopen(f"http://127.0.0.1:{ports[1]}/livez", timeout=60) as reply:
             return reply.status
 
     options = ("--port", str(ports[0]))

@@ -74,7 +74,7 @@ async def test_a_request_that_outlasts_the_grace_is_dropped(tmp_path, upstream, 
     upstream.script.append(hold)
     task, url = await _started(settings)
     try:
-        async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+        async with aiohttp.ClientSession() as session, asyncio.timeout(60):
             request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
             await arrived.wait()
             os.kill(os.getpid(), signal.SIGTERM)

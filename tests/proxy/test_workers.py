@@ -57,13 +57,13 @@ def _children(parent) -> set[int]:
 
 def _until_nobody_answers(url):
     while True:
-        urlopen(url, timeout=20).close()
+        urlopen(url, timeout=60).close()
 
 
 def _fresh(url, text, model=MODEL):
     """Ask over a connection of its own, so that either worker may get it."""
     body = json.dumps({"model": model, "input": text}).encode()
-    with urlopen(Request(f"{url}/embeddings", body), timeout=20) as reply:
+    with urlopen(Request(f"{url}/embeddings", body), timeout=60) as reply:
         return reply.headers["x-cache"]
 
 
@@ -156,7 +156,7 @@ async def test_a_collection_of_another_space_is_one_line_and_code_2(tmp_path):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "embedding_proxy", *serve), stdout=-1, stderr=-1
         )
-        out, err = await asyncio.wait_for(process.communicate(), 30)
+        out, err = await asyncio.wait_for(process.communicate(), 60)
     said = [line for line in err.decode().splitlines() if line.startswith("embedding-proxy: ")]
     assert (process.returncode, out, len(said)) == (2, b"", 1)
     where = f"embedding-proxy: {config}:2: index.qdrant: the collection {MODEL}-256 holds"
@@ -194,7 +194,7 @@ def test_a_signal_ends_a_start_that_hangs(number):
         try:
             assert [parent.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
             parent.send_signal(number)
-            assert parent.communicate(timeout=20)[0] == f"{number.name}\n"
+            assert parent.communicate(timeout=60)[0] == f"{number.name}\n"
         finally:
             parent.kill()
 
@@ -212,7 +212,7 @@ def test_workers_that_cannot_start_are_one_error(tmp_path):
 
 def _metrics(url) -> dict[str, float]:
     """Return the counters, of whichever worker answers, but for those of scrapes themselves."""
-    with urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=20) as reply:
+    with urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=60) as reply:
         families = [*text_string_to_metric_families(reply.read().decode())]
     return {
         f"{sample.name}{sorted(sample.labels.items())}": sample.value

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from talk import Talk
 
 MODEL = "text-embedding-3-small"
-SECONDS = 20
+SECONDS = 60
 SOON = 0.05
 AT_ONCE = 60
 """Connections; a listening socket has room for more."""

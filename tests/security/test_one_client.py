@@ -223,7 +223,7 @@ async def test_what_a_client_writes_teaches_no_limit(models, upstream):
 
 
 async def _called(upstream, count):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while len(upstream.calls) < count:  # noqa: ASYNC110 - the upstream tells nobody
             await asyncio.sleep(0)
 
@@ -277,11 +277,11 @@ async def test_a_due_proof_has_a_time_limit_of_its_own(with_keys, upstream, monk
     await _with_key(proxy, KEY, "a")
     now += proofs.FRESH_S + 1
     upstream.always = hang()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         reply = await _with_key(proxy, KEY, "a")
     assert (reply.status, reply.headers["x-cache"]) == (200, "hit")
     upstream.calls.clear()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await _with_key(proxy, KEY, "a")).headers["x-cache"] == "hit"
     assert not upstream.calls
     assert health(proxy).snapshot()["failures_in_a_row"] == 0
@@ -299,7 +299,7 @@ async def test_keys_that_cannot_be_proved_hold_up_no_proved_one(with_keys, upstr
     now += proofs.FRESH_S + 1
     upstream.always = hang()
     unknown = [asyncio.create_task(_with_key(proxy, KEY.format(i), "a")) for i in range(20)]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         reply = await _with_key(proxy, KEY, "a")
         replies = await asyncio.gather(*unknown)
     assert (reply.status, reply.headers["x-cache"]) == (200, "hit")

@@ -113,7 +113,7 @@ async def test_a_websocket_does_not_follow_a_redirect(status, foreign, other, st
         passthrough="azure",
         providers={"azure": {"base_url": other.url, "api_key_env": "OPENAI_API_KEY"}},
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
             await proxy.http.ws_connect(f"{proxy.url}/realtime")
     assert caught.value.status == 502

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from talk import Talk
 
 MODEL = "text-embedding-3-small"
-SECONDS = 30
+SECONDS = 60
 SOON = 0.05
 MANY = 500
 """Inputs whose vectors no buffer of a kernel holds: 15 MB as floats."""
