@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, suppress
 from unittest.mock import Mock
 
 import pytest
+from clock import until
 from embedding_proxy.proxy.config.schema import Server, Settings
 from embedding_proxy.proxy.http import connection_limits
 from embedding_proxy.proxy.http.app_runner import LIMITS
@@ -19,7 +20,7 @@ from talk import Talk
 
 MODEL = "text-embedding-3-small"
 SECONDS = 60
-SOON = 0.05
+SOON = 0.2
 AT_ONCE = 60
 """Connections; a listening socket has room for more."""
 
@@ -54,14 +55,23 @@ PARTIAL = {
 
 
 @pytest.mark.parametrize("case", PARTIAL)
-async def test_a_head_that_does_not_end_is_a_408(case, start_proxy, upstream):
+async def test_a_head_that_does_not_end_is_a_408(case, start_proxy, upstream, move, monkeypatch):
     """The first head of a connection, or a later one; a byte now and then wins no time."""
     whole, partial = PARTIAL[case]
-    proxy = await start_proxy(openai=upstream, server={"head_timeout_s": SOON})
-    async with asyncio.timeout(SECONDS), Talk(proxy.url, whole) as talk:
+    arrived, receive = [], Connection.data_received
+
+    def noted(connection, data):
+        arrived.append(data)
+        receive(connection, data)
+
+    monkeypatch.setattr(Connection, "data_received", noted)
+    proxy = await start_proxy(openai=upstream, server={"head_timeout_s": 100})
+    async with Talk(proxy.url, whole) as talk:
         if whole:
             assert (await talk.response())[0] == 200
         await talk.send(partial)
+        await until(lambda: b"".join(arrived) == whole + partial)
+        await move(101)
         status, headers, content = await talk.response()
         assert (status, headers["connection"]) == (408, "close")
         assert _is_error(content, None)

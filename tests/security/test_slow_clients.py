@@ -25,7 +25,7 @@ from talk import Talk
 
 MODEL = "text-embedding-3-small"
 SECONDS = 60
-SOON = 0.05
+SOON = 0.2
 MANY = 500
 """Inputs whose vectors no buffer of a kernel holds: 15 MB as floats."""
 
@@ -56,7 +56,7 @@ BULK = _request(
 @pytest.mark.parametrize("form", [LENGTH, CHUNKED], ids=["length", "chunked"])
 async def test_a_body_that_drips_is_a_408(form, path, start_proxy, monkeypatch):
     """A byte now and then wins no time, nor is the rest waited for long after the reply."""
-    monkeypatch.setattr(app_runner, "LINGER_S", 1.0)
+    monkeypatch.setattr(app_runner, "LINGER_S", 0.2)
     line, drip = form
     async with AnyServer() as other:
         server = {"body_timeout_s": SOON}
