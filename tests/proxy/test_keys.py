@@ -625,7 +625,7 @@ async def test_each_command_takes_effect_on_all_workers(tmp_path, upstream):
             _until_all(url, new, "a b", 401)
             _until_all(url, "the-operators", "a b", 200)
             parent.send_signal(signal.SIGTERM)
-            assert parent.wait(30) == 0
+            assert parent.wait(60) == 0
         return alice, new, guest
 
     keys = await asyncio.to_thread(play)
@@ -660,10 +660,10 @@ def test_prometheus_has_an_address_of_its_own(workers, tmp_path):
             caught.value.close()
             assert caught.value.code == 404
         with _running(tmp_path, config, workers) as (second, said):
-            assert (second.wait(30), said) == (1, "")
+            assert (second.wait(60), said) == (1, "")
         assert f"cannot listen on 127.0.0.1:{port}" in (tmp_path / "log").read_text()
         parent.send_signal(signal.SIGTERM)
-        assert parent.wait(30) == 0
+        assert parent.wait(60) == 0
 
 
 def test_the_address_of_metrics_is_handed_over(tmp_path):
@@ -685,7 +685,7 @@ def test_the_address_of_metrics_is_handed_over(tmp_path):
                 assert scrape() == 200
             assert (first.returncode, scrape()) == (0, 200)
             second.send_signal(signal.SIGTERM)
-            assert second.wait(30) == 0
+            assert second.wait(60) == 0
 
 
 # The configuration

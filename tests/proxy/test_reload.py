@@ -344,7 +344,7 @@ def test_a_terminal_that_is_closed_ends_the_proxy(tmp_path):
                 told += os.read(controller, 4096)
             os.close(terminal)
             os.close(controller)
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 

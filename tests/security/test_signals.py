@@ -212,7 +212,7 @@ async def test_websockets_are_closed_after_the_grace(workers, serve):
         AnyServer(act) as other,
         aiohttp.ClientSession() as session,
     ):
-        served = await serve(other.url, workers, grace_s=SHORT_GRACE)
+        served = await serve(other.url, workers, grace_s=2)
         async with session.ws_connect(f"{served.url}/realtime") as talk:
             served.send(signal.SIGTERM)
             await talk.send_str("still there")
