@@ -454,8 +454,11 @@ async def test_keys_that_are_gone_do_not_open_the_proxy(running, session):
     assert (await running.post(session)).status == 401
 
 
-async def test_a_silent_client_of_the_control_socket_holds_nobody_up(running, session, tmp_path):
+async def test_a_silent_client_of_the_control_socket_holds_nobody_up(
+    running, session, tmp_path, monkeypatch
+):
     """It is waited for beside everything else."""
+    monkeypatch.setattr(control, "PATIENCE_S", 0.5)
     path = control.socket_path(tmp_path / "cache", 1)
     listener = control.listen(path)
     with (
