@@ -24,6 +24,7 @@ import openai
 import pytest
 from aiohttp import web, web_app
 from aioresponses import aioresponses
+from any_server import AnyServer
 from clock import some_turns
 from command import Run, runner
 from embedding_proxy.providers import attempts, local
@@ -273,6 +274,13 @@ async def upstream() -> AsyncIterator[FaultServer]:
 async def second() -> AsyncIterator[FaultServer]:
     """Give the second provider's upstream ("openrouter")."""
     async with FaultServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[AnyServer]:
+    """Give an upstream that other calls than those for embeddings are passed to."""
+    async with AnyServer() as server:
         yield server
 
 

@@ -15,6 +15,7 @@ import openai
 import pytest
 from aiohttp import web
 from any_server import AnyServer
+from clock import until
 from conftest import no_wait
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Context, Space
@@ -74,9 +75,7 @@ async def _ask(proxy, key, text="a", **headers):
 
 async def _called(upstream, calls):
     """Wait until an upstream has seen so many calls."""
-    async with asyncio.timeout(60):
-        while len(upstream.calls) < calls:  # noqa: ASYNC110 - the upstream tells nobody
-            await asyncio.sleep(0)
+    await until(lambda: len(upstream.calls) >= calls)
 
 
 async def _a_while():

@@ -12,7 +12,6 @@ import subprocess
 import aiohttp
 import pytest
 from aiohttp import web
-from any_server import AnyServer
 from pages import ROOT
 from ports import own_port
 from yarl import URL
@@ -46,13 +45,6 @@ async def http(certificate):
     context = ssl.create_default_context(cafile=certificate / "embedding-proxy.crt")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
         yield session
-
-
-@pytest.fixture
-async def other():
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 @pytest.fixture

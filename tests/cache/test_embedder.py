@@ -529,6 +529,31 @@ async def test_the_context_reaches_the_wrapped_embedder():
 # What is kept.
 
 
+class CalledOff(FakeEmbedder):
+    """Brings its answer in a task that is called off while the answer is written."""
+
+    async def embed(self, space, inputs, context):
+        embedded = await super().embed(space, inputs, context)
+        bringing = asyncio.create_task(context.on_part(range(len(inputs)), embedded))
+        await settle()
+        bringing.cancel()
+        await asyncio.wait([bringing])
+        return embedded
+
+
+async def test_a_write_outlives_who_brought_what_is_written():
+    """It is bought: the write goes on, and is waited for by who asked."""
+    rig = Rig(CalledOff())
+    rig.store.writing.shut()
+    request = rig.start("a")
+    for _ in range(5):
+        await settle()
+    assert not request.done()
+    rig.store.writing.open()
+    assert _right(await request, ["a"]).outcomes == [MISS]
+    assert len(rig.store.records) == 1
+
+
 async def test_what_was_bought_is_stored_before_anyone_has_it():
     """Neither who bought nor who joined is answered before the write has ended."""
     rig = Rig()

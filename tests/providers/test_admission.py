@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from clock import in_virtual_time
+from clock import in_virtual_time, until
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull
 from embedding_proxy.providers.profile import Limits
@@ -66,8 +66,7 @@ async def test_who_is_cancelled_in_the_queue_takes_no_room():
     async with queue.slot("m", 1, Context()):
         for _ in range(5):
             waiting = asyncio.create_task(_take_slot(queue, "m"))
-            while queue._declared._in_flight["requests"] < 2:  # noqa: ASYNC110 - nobody tells
-                await asyncio.sleep(0)
+            await until(lambda: queue._declared._in_flight["requests"] >= 2)
             waiting.cancel()
             await asyncio.wait([waiting])
     await _take_slot(queue, "m")

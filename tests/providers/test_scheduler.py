@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import ceil, log2
 
 import pytest
-from clock import in_virtual_time
+from clock import in_virtual_time, until
 from embedding_proxy.providers.base import Context, Embedded, Space
 from embedding_proxy.providers.errors import DeadlineExceeded, InvalidRequest, RateLimited
 from embedding_proxy.providers.profile import Limits, limits_of
@@ -215,8 +215,7 @@ async def test_a_task_that_is_closed_before_it_runs_leaves_nobody_waiting():
     scheduler = schedule(Upstream())
     attempts = scheduler.router.upstreams.attempts
     asking = asyncio.create_task(scheduler.embed(SPACE, ["a"], ANY_TIME))
-    while not attempts._tasks:  # noqa: ASYNC110 - it takes a few turns
-        await asyncio.sleep(0)
+    await until(lambda: attempts._tasks)
     await attempts.close()
     async with asyncio.timeout(60):
         with pytest.raises(DeadlineExceeded):

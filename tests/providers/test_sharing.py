@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from clock import in_virtual_time
+from clock import in_virtual_time, until
 from embedding_proxy.providers.base import Context, Space
 from embedding_proxy.providers.errors import (
     DeadlineExceeded,
@@ -38,9 +38,7 @@ class Rig:
 
     async def called(self, count=1):
         """Wait until so many calls have been made."""
-        async with asyncio.timeout(60):
-            while len(self.upstream.calls) < count:  # noqa: ASYNC110 - it takes a few turns
-                await asyncio.sleep(0)
+        await until(lambda: len(self.upstream.calls) >= count)
         await settle()
 
 

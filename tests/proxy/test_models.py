@@ -7,7 +7,6 @@ import itertools
 import openai
 import pytest
 from aiohttp import web
-from any_server import AnyServer
 from clock import until
 from embedding_proxy.proxy.http import passthrough_upstream
 
@@ -82,13 +81,6 @@ def _lists(*ids, **more):
         return web.json_response({"object": "list", "data": [*data, *more.get("odd", ())]})
 
     return act
-
-
-@pytest.fixture
-async def other():
-    """Give an upstream that other calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 async def test_the_upstreams_models_follow_ours(other, start_proxy):

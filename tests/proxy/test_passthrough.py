@@ -5,7 +5,6 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
 from socket import SHUT_RDWR
 from socket import socket as Socket  # noqa: N812
 
@@ -13,7 +12,6 @@ import aiohttp
 import openai
 import pytest
 from aiohttp import WSMsgType, web
-from any_server import AnyServer
 from clock import until
 from embedding_proxy.providers.upstream import hops
 from embedding_proxy.proxy.http.app_runner import LIMITS
@@ -22,13 +20,6 @@ from yarl import URL
 KEY = "openai-secret-key"
 CHAT = {"model": "gpt-x", "messages": [{"role": "user", "content": "hi"}]}
 SECONDS = 60
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[AnyServer]:
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 import aiohttp
 import pytest
 from aiohttp import web
+from clock import until
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, new_key
 from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.schema import Settings
@@ -232,8 +233,7 @@ async def test_slow_requests_are_all_answered_after_a_signal(running, upstream):
         bodies = [{**GOOD, "input": f"text {number}"} for number in range(200)]
         requests = [asyncio.create_task(running.post(client, body)) for body in bodies]
         await arrived.wait()
-        while running.instance._runner.requests.in_flight < len(bodies):  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: running.instance._runner.requests.in_flight >= len(bodies))
         await running.instance.events.put(signal.SIGTERM)
         assert await running.instance.run() is signal.SIGTERM
         cleaning = asyncio.create_task(running.instance._runner.cleanup())

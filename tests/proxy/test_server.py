@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from aiohttp import web
+from clock import until
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.providers import attempts
 from embedding_proxy.proxy.config.schema import Settings
@@ -98,18 +99,15 @@ async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, c
     task, url = await _started(patient)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
-        while not upstream.calls:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0)
+        await until(lambda: upstream.calls)
         os.kill(os.getpid(), signal.SIGTERM)
-        while "stopping" not in caplog.text:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: "stopping" in caplog.text)
         for _ in range(2):
             for _ in range(100):
                 await asyncio.sleep(0)
             assert not task.done()
             ahead += GRACE_SECONDS / 2 + 2
-        while "waiting up to" not in caplog.text:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: "waiting up to" in caplog.text)
         assert not task.done()
         ahead += attempts.CLOSE_S
         async with asyncio.timeout(GRACE_SECONDS / 2):

@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from aiohttp import web
+from clock import until
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure
 from embedding_proxy.proxy.http.workers import WorkerFailed
@@ -113,8 +114,7 @@ async def test_what_a_terminal_sends_to_all_ends_them_in_good_order(
             request = loop.run_in_executor(threads, _fresh, url, "a", "text-embedding-3-small")
             await arrived.wait()
             os.killpg(parent.pid, number)
-            while "stopping" not in (tmp_path / "log").read_text():  # noqa: ASYNC110 - nobody tells
-                await asyncio.sleep(0)
+            await until(lambda: "stopping" in (tmp_path / "log").read_text())
             os.killpg(parent.pid, signal.SIGHUP)
             release.set()
             assert await request == "miss"

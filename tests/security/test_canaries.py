@@ -9,14 +9,12 @@ import base64
 import gzip
 import json
 import logging
-from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import aiohttp
 import orjson
 import pytest
 from aiohttp import WSMsgType, web
-from any_server import AnyServer
 from embedding_proxy.providers.network import Network
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.redaction import MAX_BYTES, QuotedInputs, Redactor
@@ -98,13 +96,6 @@ PLACES = {
         200, orjson.dumps(up.reply({"model": MODEL, "input": "a"})) + said.encode()
     ),
 }
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[AnyServer]:
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 @pytest.fixture

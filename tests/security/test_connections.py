@@ -154,8 +154,7 @@ async def test_where_all_are_busy_a_new_one_is_refused(start_proxy, upstream):
         Talk(proxy.url, _post("a")) as first,
         Talk(proxy.url, _post("b")) as second,
     ):
-        while len(upstream.calls) < 2:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0)
+        await until(lambda: len(upstream.calls) >= 2)
         async with Talk(proxy.url, b"") as third:
             status, headers, content = await third.response()
             assert (status, headers["retry-after"]) == (503, "1")
@@ -163,8 +162,7 @@ async def test_where_all_are_busy_a_new_one_is_refused(start_proxy, upstream):
             assert await third.is_over()
         upstream.gate.set()
         assert [(await one.response())[0] for one in (first, second)] == [200, 200]
-    while len(proxy.app[LIMITS]):  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: not len(proxy.app[LIMITS]))
     response = await proxy.post({"model": MODEL, "input": "c"})
     assert response.status == 200
     assert set(upstream.inputs) == {"a", "b", "c"}
@@ -197,8 +195,7 @@ async def test_of_requests_at_one_instant_each_has_a_reply(limit, start_proxy, u
 async def _refused(proxy, stack):
     """Return a connection for which there is no room, and which has its 503."""
     await stack.enter_async_context(Talk(proxy.url, b""))
-    while not len(proxy.app[LIMITS]):  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: len(proxy.app[LIMITS]))
     proxy.app[LIMITS].clock = itertools.repeat(0.0).__next__
     talk = await stack.enter_async_context(Talk(proxy.url, b""))
     assert (await talk.response())[0] == 503
@@ -374,8 +371,7 @@ async def test_a_request_and_a_reset_at_once_leave_no_traceback(start_proxy, mon
     monkeypatch.setattr(Connection, "connection_made", noted)
     proxy = await start_proxy()
     async with Talk(proxy.url, b""):
-        while not made:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: made)
         for _ in range(3):
             await asyncio.sleep(0)
         made[0].data_received(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")

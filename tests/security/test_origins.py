@@ -17,13 +17,6 @@ KEY = "openai-secret-key"
 
 
 @pytest.fixture
-async def other() -> AsyncIterator[AnyServer]:
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
-
-
-@pytest.fixture
 async def foreign() -> AsyncIterator[AnyServer]:
     """Give a server that is nobody's provider."""
     async with AnyServer() as server:

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from clock import until
 from talk import Talk
 
 MODEL = "text-embedding-3-small"
@@ -39,8 +40,7 @@ class Served:
 
     async def is_stopping(self, times: int = 1) -> None:
         """Wait until that many processes have said that they stop."""
-        while self.log.count("stopping: ") < times:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.005)
+        await until(lambda: self.log.count("stopping: ") >= times)
 
 
 Serve = Callable[..., Awaitable[Served]]
