@@ -3,7 +3,6 @@
 import asyncio
 import io
 import json
-import socket
 import sys
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from embedding_proxy.proxy.config.schema import Settings
 from example_package import install
 from fault_server import status, vector_of
 from old_system import LARGE, MISTRAL, OldSystem, payload_of
+from ports import own_port
 from qdrant_client import models
 
 CONTEXT = "hephaestus_project_context"
@@ -167,8 +167,7 @@ async def test_without_names_all_migrations_are_listed(migrate, system, command)
 async def test_a_qdrant_that_is_not_there_is_named(migrate, system, command, monkeypatch):
     """A refused connection names the host and port that nobody listens on."""
     monkeypatch.setattr("embedding_proxy.index.collection_reader.MAX_TRIES", 1)
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
+    port = own_port()
     plan = ("plan", CONTEXT, "--to", MISTRAL, "--config", str(system.config))
     done = await asyncio.to_thread(
         command, "migrate", *plan, "--qdrant", f"http://127.0.0.1:{port}"

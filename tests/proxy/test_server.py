@@ -16,6 +16,7 @@ from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import process
 from embedding_proxy.proxy.http.process import PortUnavailable, base_url, listen, serve
 from fault_server import hang
+from ports import own_port
 
 GRACE_SECONDS = 30.0
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
@@ -118,8 +119,8 @@ async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, c
 
 async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
     """A port that another process listens on is an error with host, port and reason."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    port = own_port()
+    with socket.create_server(("127.0.0.1", port)):
         taken = _settings(tmp_path, upstream, port=port)
         with pytest.raises(
             PortUnavailable, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"
