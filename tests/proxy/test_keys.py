@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from aiohttp import web
+from clock import in_virtual_time
 from embedding_proxy.cache import ledger
 from embedding_proxy.cache.ledger import LedgerKey, LimitedLedgerKey
 from embedding_proxy.providers.base import Context
@@ -747,3 +748,23 @@ async def test_a_purchase_reserves_the_highest_price_of_its_routes():
     assert cheap == listed > 0
     # Nothing is known of the model's own price: such a purchase is made alone.
     assert unlisted == 0
+
+
+@in_virtual_time
+async def test_what_a_purchase_reserved_is_free_again_when_it_ends():
+    """However many were made before, those that fit together run at the same time."""
+
+    class Store:
+        async def flush_counts(self):
+            return True
+
+        async def ledger(self, *_, **__):
+            return []
+
+    budgets, limit = Budgets(Store()), SpendingLimit(10)
+    async with asyncio.timeout(1):
+        for _ in range(3):
+            async with budgets.purchase("ci", limit, 6):
+                pass
+        async with budgets.purchase("ci", limit, 4), budgets.purchase("ci", limit, 6):
+            pass
