@@ -298,6 +298,22 @@ async def test_finishing_writes_all_there_is(rig):
     assert rig.writer.pending.take_deferred() is None
 
 
+async def test_a_write_that_fails_at_the_end_is_made_once_more(rig):
+    """What is being written when the end comes is waited for: nobody else would repeat it."""
+    rig.disk.gate.shut()
+    waiting = rig.put(1)
+    await settle()
+    finishing = asyncio.create_task(rig.writer.finish())
+    await settle()
+    assert not finishing.done()
+    errors = iter([OSError("no")])
+    rig.disk.file.failure = lambda _: next(errors, None)
+    rig.disk.gate.open()
+    await _told(finishing)
+    assert await _told(waiting) == [False]
+    assert rig.numbers == {1}
+
+
 async def test_sums_do_not_share_the_fate_of_a_record_that_cannot_be_kept(rig):
     """Where a record fails the transaction, what was paid is written without it, and once."""
     rig.disk.file.failure = lambda changes: OSError("no") if changes.records else None
