@@ -5,6 +5,7 @@ import ctypes
 import gc
 import itertools
 import logging
+import math
 import os
 import shutil
 import signal
@@ -27,8 +28,11 @@ from aioresponses import aioresponses
 from any_server import AnyServer
 from clock import some_turns
 from command import Run, runner
+from embedding_proxy.cache.disk import writer
 from embedding_proxy.providers import attempts, local
+from embedding_proxy.proxy.cli import output
 from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http import control, passthrough_upstream
 from embedding_proxy.proxy.http.app import SERVICE, build_app
 from embedding_proxy.proxy.http.app_runner import Runner
 from embedding_proxy.proxy.http.metrics import Metrics
@@ -38,6 +42,7 @@ from embedding_proxy.proxy.http.response_cache import (
     ResponseCache,
 )
 from embedding_proxy.proxy.http.status import Status
+from embedding_proxy.proxy.service import client_keys
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import FaultServer
 from leaks import WATCH, watch_connections
@@ -240,6 +245,23 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def _short_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no upstream that says nothing hold up the end of a test."""
     monkeypatch.setattr(attempts, "CLOSE_S", 0.01)
+
+
+PATIENT = (
+    (client_keys, "PROOF_S", 60.0),
+    (control, "PATIENCE_S", 60.0),
+    (output, "LINE_SECONDS", math.inf),
+    (passthrough_upstream, "_LIST_SECONDS", 60.0),
+    (writer, "WARNING_SECONDS", math.inf),
+)
+"""Limits that a machine which is slow enough reaches, in seconds."""
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no such limit decide a test; one that is about a limit sets it."""
+    for module, name, seconds in PATIENT:
+        monkeypatch.setattr(module, name, seconds)
 
 
 @pytest.fixture

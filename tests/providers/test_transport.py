@@ -124,11 +124,14 @@ async def test_requests_run_side_by_side(upstream):
     assert [reply.status for reply in replies] == [200] * 3
 
 
+@pytest.mark.parametrize("finishes_calls", [False, True])
 @pytest.mark.parametrize("late", [0.0, 1.0])
-async def test_nothing_is_sent_after_the_deadline(late, upstream):
-    """A request whose time is up, even just now, costs nothing."""
-    with pytest.raises(DeadlineExceeded):
-        await post_once(upstream.url, deadline=now() - late)
+async def test_nothing_is_sent_after_the_deadline(late, finishes_calls, upstream):
+    """A request whose time is up, even just now, costs nothing, also where calls outlive it."""
+    context = Context(deadline=now() - late, finishes_calls=finishes_calls)
+    async with transport_to(upstream.url) as transport:
+        with pytest.raises(DeadlineExceeded):
+            await transport.post("/embeddings", PAYLOAD, NO_LIMIT, context)
     assert upstream.calls == []
 
 
@@ -486,16 +489,26 @@ async def test_a_compressed_bomb_is_not_unpacked(upstream):
     assert peak < size / 8
 
 
-async def test_a_reply_without_end_is_cut_off(upstream):
+@pytest.mark.parametrize(
+    ("encoding", "head", "rest"),
+    [
+        ("identity", b"", b"x" * 65_536),
+        # Blocks of nothing: however many come, they unpack to no byte.
+        ("gzip", b"\x1f\x8b\x08\0\0\0\0\0\0\xff", b"\0\0\0\xff\xff" * 13_000),
+    ],
+    ids=["plain", "packed"],
+)
+async def test_a_reply_without_end_is_cut_off(encoding, head, rest, upstream):
     """An upstream that never stops talking is hung up on as soon as it passes the limit."""
     hung_up = asyncio.Event()
 
     async def act(request, _):
-        response = web.StreamResponse()
+        response = web.StreamResponse(headers={"Content-Encoding": encoding})
         await response.prepare(request)
         try:
+            await response.write(head + rest)
             while True:
-                await response.write(b"x" * 65_536)  # raises when nobody listens any more
+                await response.write(rest)  # raises when nobody listens any more
         finally:
             hung_up.set()
 
