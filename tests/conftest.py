@@ -1,6 +1,7 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
 import asyncio
+import atexit
 import ctypes
 import gc
 import itertools
@@ -152,7 +153,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if shutil.disk_usage(memory).free > MEMORY_BYTES:
         folder = tempfile.mkdtemp(prefix="tests-", dir=memory)
         os.environ["TMPDIR"] = tempfile.tempdir = folder
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        # Last of all: services that a test left open are closed at the end of the process, too.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:
