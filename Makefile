@@ -7,7 +7,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients dashboard reloads leases shared kills paths clients pins client-pins audit sbom release deploy-check clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients dashboard reloads leases shared kills mutations paths clients pins client-pins audit sbom release deploy-check clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -72,6 +72,11 @@ mypy: .venv/test
 # docs/architecture.svg, from the imports.
 picture:
 	$(PYTHON) tools/draw_architecture.py
+
+# Faults planted in a copy of the tree, one at a time: the tests of each must notice it. FAULTS names some.
+FAULTS ?=
+mutations: .venv/test
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/mutations.py $(FAULTS)
 
 # kill -9 amid writes of two processes, ROUNDS times; the suite runs a few of them.
 ROUNDS ?= 2000

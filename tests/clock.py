@@ -1,9 +1,15 @@
 """Clocks for tests."""
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+FOR_EVER = 60.0
+"""Seconds; what has not come by then never will, however slow the machine is."""
 
 
 class Clock:
@@ -24,17 +30,22 @@ class _IdleSelector(selectors.DefaultSelector):
         self._clock = clock
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        # Without a timer, a thread or a socket is waited for.
-        found = super().select(timeout if timeout is None else 0)
-        if timeout and not found:
-            self._clock.now += timeout
+        if timeout is None:
+            # Without a timer, a thread or a socket is waited for.
+            if not (found := super().select(FOR_EVER)):
+                raise RuntimeError("everybody waits, and nothing will ever happen")
+            return found
+        found = super().select(0)
+        if not found:
+            self._clock.now += max(timeout, 0.0)
         return found
 
 
-class LeapingLoop(asyncio.SelectorEventLoop):
+class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop whose time leaps to the next timer where nothing else is to be done.
 
-    So a deadline of seconds takes none, and no machine is too slow for it.
+    So a deadline of seconds takes none, and no machine is too slow for it. A socket or a thread is
+    something that the loop does not know of: tests with these take `move`.
     """
 
     def __init__(self) -> None:
@@ -46,7 +57,30 @@ class LeapingLoop(asyncio.SelectorEventLoop):
         return self._own_time()
 
 
-def run_leaping(main: Coroutine[Any, Any, None]) -> None:
-    """Run a test on a loop of its own whose time leaps."""
-    with asyncio.Runner(loop_factory=LeapingLoop) as runner:
-        runner.run(main)
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Run this to its end in a virtual loop of its own."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Have a test without asynchronous fixtures run in a virtual loop."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        run_virtual(test(*args, **kwargs))
+
+    return run
+
+
+async def some_turns() -> None:
+    """Let everything go on that can without a socket or a thread."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until something holds that nobody tells of."""
+    async with asyncio.timeout(FOR_EVER):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)

@@ -1,15 +1,19 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
 import asyncio
+import atexit
 import ctypes
 import gc
 import itertools
 import logging
+import math
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, suppress
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,9 +26,14 @@ import openai
 import pytest
 from aiohttp import web, web_app
 from aioresponses import aioresponses
+from any_server import AnyServer
+from clock import some_turns
 from command import Run, runner
+from embedding_proxy.cache.disk import writer
 from embedding_proxy.providers import attempts, local
+from embedding_proxy.proxy.cli import output
 from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http import control, passthrough_upstream
 from embedding_proxy.proxy.http.app import SERVICE, build_app
 from embedding_proxy.proxy.http.app_runner import Runner
 from embedding_proxy.proxy.http.metrics import Metrics
@@ -34,6 +43,7 @@ from embedding_proxy.proxy.http.response_cache import (
     ResponseCache,
 )
 from embedding_proxy.proxy.http.status import Status
+from embedding_proxy.proxy.service import client_keys
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import FaultServer
 from leaks import WATCH, watch_connections
@@ -121,6 +131,12 @@ SLOW = {
 }
 """Further tests that `make quick` leaves out, beside those of `security/`: each takes seconds."""
 
+LOGGERS = ("embedding_proxy", "embedding_proxy.migrate", "embedding_proxy.qdrant", "httpx")
+"""Those whose level a command sets."""
+
+MEMORY_BYTES = 8 << 30
+"""What must be free there, since a run of the suite takes some gigabytes."""
+
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
 
@@ -132,6 +148,21 @@ hypothesis.settings.load_profile("suite")
 
 # Half a second and 70 MB each time.
 local._load = cache(local._load)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the thousands of small stores, which are synced, in memory, where there is room.
+
+    It halves the time of the suite. `TMPDIR` says otherwise.
+    """
+    memory = Path("/dev/shm")
+    if hasattr(config, "workerinput") or "TMPDIR" in os.environ or not os.access(memory, os.W_OK):
+        return
+    if shutil.disk_usage(memory).free > MEMORY_BYTES:
+        folder = tempfile.mkdtemp(prefix="tests-", dir=memory)
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        # Last of all: services that a test left open are closed at the end of the process, too.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:
@@ -189,6 +220,9 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+LEVELS = {logger: logger.level for logger in map(logging.getLogger, (None, *LOGGERS))}
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks(tmp_path: Path) -> Iterator[None]:
     """Fail a test in which a key, or a text, came out where it should not."""
@@ -197,6 +231,10 @@ def _no_leaks(tmp_path: Path) -> Iterator[None]:
     root.addHandler(WATCH)
     yield
     root.removeHandler(WATCH)
+    # A command sets levels for its process, which here goes on to other tests.
+    for logger, level in LEVELS.items():
+        if logger.level != level:
+            logger.setLevel(level)
     problems = WATCH.problems(tmp_path / "cache")
     assert not problems, "\n".join(problems[:20])
 
@@ -221,6 +259,44 @@ def _short_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "CLOSE_S", 0.01)
 
 
+PATIENT = (
+    (client_keys, "PROOF_S", 60.0),
+    (control, "PATIENCE_S", 60.0),
+    (output, "LINE_SECONDS", math.inf),
+    (passthrough_upstream, "_LIST_SECONDS", 60.0),
+    (writer, "WARNING_SECONDS", math.inf),
+)
+"""Limits that a machine which is slow enough reaches, in seconds."""
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no such limit decide a test; one that is about a limit sets it."""
+    for module, name, seconds in PATIENT:
+        monkeypatch.setattr(module, name, seconds)
+
+
+@pytest.fixture
+async def move(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Awaitable[None]]:
+    """Give a function that moves the clock of the event loop by so many seconds.
+
+    What is given a time that no machine needs, and is moved beyond it once all is as the test wants
+    it, ends by no chance.
+    """
+    loop, ahead = asyncio.get_running_loop(), 0.0
+    if not isinstance(loop, asyncio.BaseEventLoop):
+        pytest.skip("uvloop's clock cannot be moved")
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
+
+    async def forward(seconds: float) -> None:
+        nonlocal ahead
+        ahead += seconds
+        await some_turns()
+
+    return forward
+
+
 @pytest.fixture
 async def upstream() -> AsyncIterator[FaultServer]:
     """Give the first provider's upstream ("openai")."""
@@ -232,6 +308,13 @@ async def upstream() -> AsyncIterator[FaultServer]:
 async def second() -> AsyncIterator[FaultServer]:
     """Give the second provider's upstream ("openrouter")."""
     async with FaultServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[AnyServer]:
+    """Give an upstream that other calls than those for embeddings are passed to."""
+    async with AnyServer() as server:
         yield server
 
 

@@ -9,7 +9,7 @@ SPACE = f"openai/{SMALL}"
 
 async def until(condition):
     """Ask again and again, until what is awaited is the case."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await condition():  # noqa: ASYNC110 - it happens on a disk and behind a socket
             await asyncio.sleep(0.01)
 

@@ -6,8 +6,7 @@ import socket
 import struct
 from typing import Self
 
-FOR_EVER = 60.0
-"""Seconds; a response that has not come by then never will."""
+from clock import FOR_EVER
 
 
 class Talk:

@@ -8,6 +8,7 @@ import numpy as np
 import orjson
 import pytest
 from aiohttp import web
+from clock import until
 from fault_server import Call, status, vector_of
 
 MODEL = "text-embedding-3-small"
@@ -138,8 +139,7 @@ async def test_a_thousand_identical_requests_are_one_call(upstream, start_proxy)
     upstream.gate = asyncio.Event()
     proxy = await start_proxy(openai=upstream)
     asking = [asyncio.create_task(ask(proxy, "same")) for _ in range(1000)]
-    while not upstream.calls:  # noqa: ASYNC110 - the first of them is on its way
-        await asyncio.sleep(0)
+    await until(lambda: upstream.calls)
     upstream.gate.set()
     replies = await asyncio.gather(*asking)
     assert {reply.status for reply in replies} == {200}
@@ -318,9 +318,8 @@ async def test_a_bulk_job_that_queues_is_answered_and_holds_up_no_other_model(
         throttle._sleep = sleep
     inputs = [f"text {i}" for i in range(1000)]
     bulk = asyncio.create_task(ask(proxy, inputs))
-    while not throttled:  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    async with asyncio.timeout(30):
+    await until(lambda: throttled)
+    async with asyncio.timeout(60):
         for i in range(5):
             other = await proxy.post({"model": "text-embedding-ada-002", "input": f"{i}"})
             assert other.status == 200

@@ -11,6 +11,7 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from clock import some_turns, until
 from embedding_proxy.providers import attempts
 from embedding_proxy.providers.errors import EmbeddingError
 from fault_server import hang, tokens_of
@@ -46,38 +47,9 @@ class Halves:
 
 
 @pytest.fixture
-def move(monkeypatch):
-    """Give a function that moves the clock of the event loop."""
-    ahead = 0.0
-    loop = asyncio.get_event_loop_policy().get_event_loop()
-    real = loop.time
-    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
-
-    async def forward(seconds):
-        nonlocal ahead
-        ahead += seconds
-        await some_turns()
-
-    return forward
-
-
-@pytest.fixture
 def close_s(monkeypatch):
     """Give the calls that were sent CLOSE_S seconds when the proxy stops."""
     monkeypatch.setattr(attempts, "CLOSE_S", CLOSE_S)
-
-
-async def some_turns():
-    """Let everything go on that can."""
-    for _ in range(100):
-        await asyncio.sleep(0)
-
-
-async def until(condition):
-    """Wait until something holds."""
-    async with asyncio.timeout(FOR_EVER):
-        while not condition():  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0)
 
 
 def under_way(proxy):

@@ -1,9 +1,11 @@
 """A model of another space stands in where the operator wrote it down, and nowhere else."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from clock import until
 from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from fault_server import hang, status, vector_of
@@ -131,16 +133,22 @@ async def test_without_a_key_the_other_answers(start_proxy):
     assert reply.headers["x-embedding-space"] == "wordllama/l2-supercat-256"
 
 
-async def test_a_hanging_provider_leaves_time_for_the_other(upstream, second, start_proxy):
+async def test_a_hanging_provider_leaves_time_for_the_other(upstream, second, start_proxy, move):
     """Half of the request's time is the stand-in's, however long the first provider hangs."""
     second.widths = WIDTHS
     upstream.always = hang()
     models = _models(dimension_policy="pad")
     models[MODEL]["routes"] = [{"provider": "openai", "model": MODEL}]
-    server = {"request_timeout_s": 4}
-    proxy = await start_proxy(openai=upstream, openrouter=second, models=models, server=server)
-    async with asyncio.timeout(8):
-        reply, _ = await _embed(proxy, "a")
+    server = {"request_timeout_s": 200}
+    servers = {"openai": upstream, "openrouter": second}
+    proxy = await start_proxy(**servers, models=models, server=server)
+    for route in proxy.service.models[MODEL].router.routes:
+        transport = route.provider._transport
+        transport._timeouts = replace(transport._timeouts, total_s=1e6)
+    asking = asyncio.create_task(_embed(proxy, "a"))
+    await until(lambda: upstream.calls)
+    await move(101)
+    reply, _ = await asking
     assert (reply.status, reply.headers.get("x-embedding-fallback")) == (200, "true")
 
 

@@ -24,10 +24,6 @@ def _words(count: int, word: str = " word") -> str:
     return word.strip() + word * (count - 1)
 
 
-def _arrays(reply) -> list[np.ndarray]:
-    return [np.array(item["embedding"], dtype=np.float32) for item in reply["data"]]
-
-
 @pytest.mark.parametrize("form", ["text", "ids"])
 async def test_an_input_over_the_context_is_openais_400(form, upstream, start_proxy):
     """8,192 tokens are served and 8,193 are not; the official client sees OpenAI's own words."""

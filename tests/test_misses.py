@@ -8,6 +8,7 @@ import numpy as np
 import orjson
 import pytest
 from aiohttp import web
+from clock import until
 from embedding_proxy.cache.disk import read_only
 from fault_server import Call, status, vector_of
 
@@ -525,8 +526,7 @@ async def test_a_client_that_goes_away_leaves_what_was_begun(upstream, start_pro
     upstream.gate = asyncio.Event()
     proxy = await start_proxy(openai=upstream)
     going = asyncio.create_task(ask(proxy, "a"))
-    while not upstream.calls:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: upstream.calls)
     going.cancel()
     await asyncio.wait([going])
     upstream.gate.set()

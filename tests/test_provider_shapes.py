@@ -221,8 +221,11 @@ async def test_a_reply_is_accepted(name, world):
 
 
 @of()
-async def test_a_refusal_is_explained(shape, world, caplog):
-    """The client is told the provider's reason; nothing wrong is cached, and no call is wasted."""
+async def test_a_refusal_is_explained_and_leads_to_the_next_route(shape, world, caplog):
+    """The client is told the provider's reason; nothing wrong is cached, and no call is wasted.
+
+    What another provider may do better goes there; a bad input goes nowhere else.
+    """
     caplog.set_level(logging.INFO)
     await world.start(shape.kind)
     world.refuse(shape)
@@ -239,12 +242,10 @@ async def test_a_refusal_is_explained(shape, world, caplog):
     bought = len(OTHERS) if shape.outcome in OF_ONE_INPUT else 0
     await right(await world.ask("cached"), hits=bought)
 
-
-@of()
-async def test_a_refusal_and_the_next_route(shape, world):
-    """What another provider may do better goes there; a bad input goes nowhere else."""
-    await world.start(shape.kind)
-    world.refuse(shape)
+    # As if nothing had been asked before.
+    world.proxy.service.upstreams._healths.clear()
+    world.upstream.calls.clear()
+    world.second.calls.clear()
     response = await world.ask("both")
     if shape.outcome is Outcome.INPUT_REFUSED:
         assert response.status in statuses(shape)

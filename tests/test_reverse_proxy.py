@@ -12,7 +12,6 @@ import subprocess
 import aiohttp
 import pytest
 from aiohttp import web
-from any_server import AnyServer
 from pages import ROOT
 from ports import own_port
 from yarl import URL
@@ -21,7 +20,7 @@ NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 SITE = (ROOT / "deploy" / "nginx" / "embedding-proxy.conf").read_text(encoding="utf-8")
 PART = b"x" * (1 << 20)
 PARTS = 30
-SECONDS = 30
+SECONDS = 60
 
 OPENSSL = shutil.which("openssl")
 
@@ -46,13 +45,6 @@ async def http(certificate):
     context = ssl.create_default_context(cafile=certificate / "embedding-proxy.crt")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
         yield session
-
-
-@pytest.fixture
-async def other():
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 @pytest.fixture

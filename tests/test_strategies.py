@@ -85,7 +85,7 @@ async def test_its_vectors_go_to_a_collection_of_their_own(start_proxy, upstream
         proxy = await start_proxy(openai=upstream, models=PROJECTED, index=index)
         service = proxy.service
         await _ask(proxy, ["a"], dimensions=64)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await service.indexing.indexer.snapshot())["backlog_points"]:  # noqa: ASYNC110 - it is on disk
                 await asyncio.sleep(0.01)
         async with Connection(url=server.url) as qdrant:

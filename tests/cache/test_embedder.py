@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
+from clock import in_virtual_time
 from embedding_proxy.cache.disk import database, purge
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
@@ -74,7 +75,7 @@ class Rig:
 
     async def _ask(self, inputs, space, context):
         # A request that hangs is a failure like another.
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await self.embedder.embed(space, inputs, context)
 
 
@@ -479,7 +480,8 @@ async def test_a_purchase_nobody_waits_for_is_called_off():
 # Time.
 
 
-@pytest.mark.parametrize("left", [-1.0, 0.0, 0.01], ids=["past", "now", "soon"])
+@pytest.mark.parametrize("left", [-1.0, 0.0, 1.0], ids=["past", "now", "soon"])
+@in_virtual_time
 async def test_a_request_ends_at_its_deadline(left):
     """Once the time is up the request fails as such, and its purchase is called off."""
     rig = Rig()
@@ -501,11 +503,12 @@ async def test_hits_are_served_past_the_deadline():
 
 
 @pytest.mark.parametrize("hasty", [0, 1], ids=["leader", "joiner"])
+@in_virtual_time
 async def test_one_deadline_is_not_anothers(hasty):
     """One whose time is up leaves the purchase to the other, whichever of them started it."""
     rig = Rig()
     rig.inner.gate.shut()
-    soon = Context(deadline=asyncio.get_running_loop().time() + 0.01)
+    soon = Context(deadline=asyncio.get_running_loop().time() + 1)
     requests = [rig.start("a", context=soon if i == hasty else ANY_TIME) for i in range(2)]
     with pytest.raises(DeadlineExceeded):
         await requests[hasty]
@@ -525,6 +528,31 @@ async def test_the_context_reaches_the_wrapped_embedder():
 
 
 # What is kept.
+
+
+class CalledOff(FakeEmbedder):
+    """Brings its answer in a task that is called off while the answer is written."""
+
+    async def embed(self, space, inputs, context):
+        embedded = await super().embed(space, inputs, context)
+        bringing = asyncio.create_task(context.on_part(range(len(inputs)), embedded))
+        await settle()
+        bringing.cancel()
+        await asyncio.wait([bringing])
+        return embedded
+
+
+async def test_a_write_outlives_who_brought_what_is_written():
+    """It is bought: the write goes on, and is waited for by who asked."""
+    rig = Rig(CalledOff())
+    rig.store.writing.shut()
+    request = rig.start("a")
+    for _ in range(5):
+        await settle()
+    assert not request.done()
+    rig.store.writing.open()
+    assert _right(await request, ["a"]).outcomes == [MISS]
+    assert len(rig.store.records) == 1
 
 
 async def test_what_was_bought_is_stored_before_anyone_has_it():
@@ -685,6 +713,7 @@ async def test_what_landed_while_a_refused_joiner_waited_is_not_bought_again():
     assert rig.inner.asked == ["bad", "good", "slow", "good"]
 
 
+@in_virtual_time
 async def test_a_joiner_outlives_the_leaders_deadline():
     """The leader's time is up while the wrapped embedder waits; the joiner's is not."""
 
@@ -698,7 +727,7 @@ async def test_a_joiner_outlives_the_leaders_deadline():
 
     rig = Rig(Timed())
     rig.inner.gate.shut()
-    leader = rig.start("a", context=Context(deadline=asyncio.get_running_loop().time() + 0.02))
+    leader = rig.start("a", context=Context(deadline=asyncio.get_running_loop().time() + 1))
     joiner = rig.start("a")
     await asyncio.wait([leader])
     await settle()

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
+from clock import run_virtual as run
 from embedding_proxy.cache.disk import file_leases
 from embedding_proxy.cache.disk.file_leases import CHECK_S, LOT, FileLeases
 from embedding_proxy.cache.leases import FRESH_S, GRACE_S
-from virtual_loop import run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="such locks are Linux's own")
 

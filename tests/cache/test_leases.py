@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
+from clock import run_virtual as run
 from embedding_proxy.cache import record
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
@@ -17,7 +18,6 @@ from embedding_proxy.providers.base import CachePolicy, Context, Outcome, Space
 from embedding_proxy.providers.errors import DeadlineExceeded, InvalidRequest, ProviderError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from virtual_loop import run
 
 from tests.cache.fakes import (
     FakeEmbedder,

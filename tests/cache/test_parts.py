@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import pytest
+from clock import in_virtual_time
 from embedding_proxy.cache.errors import name_input
 from embedding_proxy.providers.base import Context, Outcome
 from embedding_proxy.providers.errors import InvalidRequest, Refusal, UpstreamError
@@ -269,13 +270,14 @@ async def test_a_thousand_cancelled_leaders_fail_no_joiner():
     assert len(rig.in_flight) == 0
 
 
+@in_virtual_time
 async def test_a_wait_for_another_ends_at_ones_own_deadline():
     """A joiner does not wait longer than its own time, whatever the one it waits for has left."""
     rig = batched()
     rig.inner.gate.shut()
     leader = rig.start("a", context=ANY_TIME)
     await settle()
-    soon = Context(deadline=asyncio.get_running_loop().time() + 0.01)
+    soon = Context(deadline=asyncio.get_running_loop().time() + 1)
     with pytest.raises(Exception, match="the time of the request was up"):
         await rig.embed("a", context=soon)
     rig.inner.gate.open()

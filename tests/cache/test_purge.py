@@ -17,7 +17,7 @@ from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import encode
 from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cache.fakes import entries_in, entry_of, key_of
@@ -118,7 +118,18 @@ def _is_chosen(choice, number, partition, stored, used):
     )
 
 
-@settings(deadline=None, max_examples=200)
+@pytest.fixture
+def _alone(monkeypatch):
+    """Leave no gaps for other writers: there are none."""
+    monkeypatch.setattr(purge, "_let_others", lambda _: None)
+
+
+@pytest.mark.usefixtures("_alone")
+@settings(
+    deadline=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(CHOICES)
 def test_any_choice_deletes_what_it_counts_and_nothing_else(full, choice):
     """All that is given must hold; names are compared as they are, no character is a pattern."""
@@ -215,6 +226,7 @@ def test_a_purge_ends_while_others_store_more_than_it_deletes(choice, tmp_path):
         assert left == (step + 1) * lot
 
 
+@pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("moved", [1, 200])
 def test_freed_pages_are_given_back(tmp_path, moved, monkeypatch):
     """After a purge the file on the file system is as short as what is left in it."""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-import virtual_loop
+from clock import run_virtual
 from embedding_proxy.cache.shared import node as nodes
 from embedding_proxy.cache.shared.node import Node, Refused
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -74,7 +74,7 @@ def timed(test):
     """Run a test on a loop whose time is made up."""
 
     def run():
-        virtual_loop.run(test())
+        run_virtual(test())
 
     run.__doc__ = test.__doc__
     return run

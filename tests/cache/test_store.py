@@ -378,7 +378,7 @@ async def test_a_lock_held_by_another_fails_the_write_and_no_read(tmp_path, monk
         assert await store.put_many(before)
         with _foreign(tmp_path) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(60):
                 assert await store.put_many(records) is False
             assert "1 not kept" in caplog.text
             assert await _read(store, [*before, *records]) == before | records
@@ -397,7 +397,7 @@ async def test_a_write_waits_for_a_lock_and_keeps_no_reader_waiting(tmp_path):
             connection.execute("BEGIN IMMEDIATE")
             writing = asyncio.create_task(store.put_many(records))
             await settle()
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(60):
                 assert await _read(store, [*before, *records]) == before
             assert not writing.done()
             connection.execute("ROLLBACK")

@@ -96,7 +96,7 @@ def rig():
 
 
 async def _told(*tasks):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await asyncio.gather(*tasks)
 
 
@@ -296,6 +296,22 @@ async def test_finishing_writes_all_there_is(rig):
     assert await _told(*waiting) == [True, True]
     assert (rig.numbers, rig.disk.file.hits, rig.backlog) == ({1, 2, 3}, 1, set())
     assert rig.writer.pending.take_deferred() is None
+
+
+async def test_a_write_that_fails_at_the_end_is_made_once_more(rig):
+    """What is being written when the end comes is waited for: nobody else would repeat it."""
+    rig.disk.gate.shut()
+    waiting = rig.put(1)
+    await settle()
+    finishing = asyncio.create_task(rig.writer.finish())
+    await settle()
+    assert not finishing.done()
+    errors = iter([OSError("no")])
+    rig.disk.file.failure = lambda _: next(errors, None)
+    rig.disk.gate.open()
+    await _told(finishing)
+    assert await _told(waiting) == [False]
+    assert rig.numbers == {1}
 
 
 async def test_sums_do_not_share_the_fate_of_a_record_that_cannot_be_kept(rig):

@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import pytest
+from clock import until
 from embedding_proxy.index import sender
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import CollectionOptions
@@ -40,12 +41,11 @@ def _points(numbers, *, plain=True):
 
 async def _settled(indexer, looks):
     """Wait until nothing is pending, and the collection has been looked at since."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await indexer.snapshot())["backlog_points"]:  # noqa: ASYNC110 - it is on disk
             await asyncio.sleep(0.005)
         before = len(looks)
-        while len(looks) < before + 2:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.005)
+        await until(lambda: len(looks) >= before + 2)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -48,7 +48,7 @@ async def sending(folder, url):
 
 
 async def drained(indexer):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await indexer.snapshot())["backlog_points"]:  # noqa: ASYNC110 - it is on disk
             await asyncio.sleep(0.005)
 

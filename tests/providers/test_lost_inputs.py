@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from clock import run_virtual
 from embedding_proxy.providers.base import Context, Embedded, Outcome, Space
 from embedding_proxy.providers.charge import Charge
 from embedding_proxy.providers.errors import (
@@ -39,7 +40,6 @@ from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from virtual_loop import run
 
 from tests.providers.fakes import Kept, tokens_of, vector_of
 
@@ -441,4 +441,4 @@ OTHER_CALL = [
 )
 def test_no_input_is_lost(scripts, asked, hedge_after_s, window_s, closes_s):
     """Whatever providers do, and whoever leaves."""
-    run(World(scripts, asked, hedge_after_s, window_s).play(closes_s))
+    run_virtual(World(scripts, asked, hedge_after_s, window_s).play(closes_s))

@@ -140,7 +140,7 @@ async def _play(scheduler, upstream, events):  # noqa: C901 - one branch for eac
                 one.task.cancel()
             elif not one.abandoned.done():
                 one.abandoned.set_result(None)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not all(one.task.done() for one in asked) or upstream.air:
             for one in upstream.held.values():
                 one.set()

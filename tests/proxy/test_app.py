@@ -359,7 +359,7 @@ async def test_the_key_comes_before_the_body(upstream, start_proxy):
         yield b"{"
         await end.wait()
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         response, _ = await _send(proxy, endless())
     assert response.status == 401
 
@@ -472,7 +472,7 @@ async def test_a_request_does_not_wait_longer_than_its_time(upstream, start_prox
     upstream.gate = asyncio.Event()
     proxy = await start_proxy(openai=upstream, server={"request_timeout_s": 0.05})
     try:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             response, error = await _send(proxy, GOOD)
     finally:
         upstream.gate.set()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clock import until
 from embedding_proxy.proxy.config.errors import ConfigError
 
 import embedding_proxy
@@ -310,8 +311,7 @@ async def test_sigterm_amid_a_call_ends_the_process_when_its_entry_is_kept(
         *(sys.executable, "-c", TERMINATED, str(config)),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    while not upstream.calls:  # noqa: ASYNC110 - another process makes it
-        await asyncio.sleep(0)
+    await until(lambda: upstream.calls)
     script.terminate()
     upstream.gate.set()
     assert await script.wait() == -signal.SIGTERM

@@ -1263,7 +1263,7 @@ def test_the_command_as_a_process(fill, tmp_path):
             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
         return Done(done.returncode, done.stdout, done.stderr)

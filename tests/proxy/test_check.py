@@ -216,22 +216,24 @@ async def test_a_key_that_is_refused(check, upstream, second):
 
 
 @pytest.mark.parametrize(
-    ("times", "reason"),
+    ("timeout_s", "server", "reason"),
     [
-        (({"timeout_s": 0.1}, {}), r"no answer within \d\.\d s"),
-        (({}, {"request_timeout_s": 0.5}), "the time of the request was up"),
+        (0.1, {}, r"no answer within \d\.\d s"),
+        (60, {"request_timeout_s": 2}, "the time of the request was up"),
     ],
 )
-async def test_an_upstream_that_hangs(times, reason, check, upstream, second):
+async def test_an_upstream_that_hangs(  # noqa: PLR0917 - fixtures
+    timeout_s, server, reason, check, upstream, second
+):
     """It is given up when an attempt's time is up, or a request's; the others are not harmed."""
-    keys, server = times
     upstream.always = hang()
-    sections = {"providers": _at(upstream, second, **keys), "server": server}
-    done = await check("--json", **sections, models={SMALL: {}})
+    providers = _at(upstream, second)
+    providers["openai"]["timeout_s"] = timeout_s
+    done = await check("--json", providers=providers, server=server, models={SMALL: {}})
     (problem,) = done.json["problems"]
     assert done.code == 1
     assert re.fullmatch(rf"{SMALL} at openai \({SMALL}\): {reason}", problem)
-    assert 90 <= done.json["routes"][0]["latency_ms"] < 10_000
+    assert done.json["routes"][0]["latency_ms"] >= 90
     assert len(second.calls) == 1
 
 
@@ -616,7 +618,7 @@ async def test_an_interrupted_check_is_code_130(upstream, tmp_path):
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await arrived.wait()
         process.send_signal(signal.SIGINT)
         out, err = await process.communicate()

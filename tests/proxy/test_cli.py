@@ -53,7 +53,7 @@ async def _served(tmp_path, upstream):
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             line = (await process.stdout.readline()).decode()
             found = re.fullmatch(r"export OPENAI_BASE_URL=(http://127\.0\.0\.1:\d+/v1)\n", line)
             assert found, line
@@ -166,7 +166,7 @@ def test_a_start_that_fails_is_one_line_and_an_exit_code(text, code, message, tm
             env=_environment(tmp_path, PYTHONPATH=str(ROOT), OPENAI_API_KEY="sk-a\nsk-b"),
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
     assert (done.returncode, done.stdout) == (code, "")

@@ -160,7 +160,7 @@ async def test_a_bug_beyond_the_application_stays_aiohttps_500(caplog):
     await runner.setup()
     await runner.listen()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    async with asyncio.timeout(5), Talk(url, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n") as talk:
+    async with asyncio.timeout(60), Talk(url, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n") as talk:
         head = await talk.reader.readuntil(b"\r\n\r\n")
     await runner.cleanup()
     assert head.startswith(b"HTTP/1.1 500 ")

@@ -16,7 +16,7 @@ from embedding_proxy.proxy.http.loop_guard import installation_id
 from http_proxy import Relay
 
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
-SECONDS = 30
+SECONDS = 60
 
 
 def lead(relay, proxy):

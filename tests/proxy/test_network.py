@@ -101,7 +101,7 @@ async def test_other_calls_and_websockets_go_through_the_proxy(start):
         proxy = await start(other, "openai", proxy=way.url)
         async with proxy.http.post(f"{proxy.url}/chat/completions", data=b"sent") as response:
             assert await response.read() == b"sent"
-        async with asyncio.timeout(10), proxy.http.ws_connect(f"{proxy.url}/realtime") as socket:
+        async with asyncio.timeout(60), proxy.http.ws_connect(f"{proxy.url}/realtime") as socket:
             await socket.send_str("a")
             message = await socket.receive()
             assert (message.type, message.data) == (WSMsgType.TEXT, "A")

@@ -3,11 +3,9 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
-from any_server import AnyServer
 from embedding_proxy.proxy.http.target import may_be_embeddings
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,13 +58,6 @@ def _is_taken_for_embeddings(target: str) -> bool:
         if segments and segments[-1] == "embeddings":
             return True
     return False
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[AnyServer]:
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ async def open_service(tmp_path, upstream, monkeypatch):
 
 async def _indexed(service):
     """Wait until all that was answered is in Qdrant."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await service.indexing.indexer.snapshot())["backlog_points"]:  # noqa: ASYNC110 - a disk and a socket
             await asyncio.sleep(0.01)
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 import aiohttp
 import pytest
 from aiohttp import web
+from clock import until
 from embedding_proxy.proxy.config.keys_file import KeysFile, StoredKey, digest, new_key
 from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.schema import Settings
@@ -232,8 +233,7 @@ async def test_slow_requests_are_all_answered_after_a_signal(running, upstream):
         bodies = [{**GOOD, "input": f"text {number}"} for number in range(200)]
         requests = [asyncio.create_task(running.post(client, body)) for body in bodies]
         await arrived.wait()
-        while running.instance._runner.requests.in_flight < len(bodies):  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: running.instance._runner.requests.in_flight >= len(bodies))
         await running.instance.events.put(signal.SIGTERM)
         assert await running.instance.run() is signal.SIGTERM
         cleaning = asyncio.create_task(running.instance._runner.cleanup())
@@ -344,7 +344,7 @@ def test_a_terminal_that_is_closed_ends_the_proxy(tmp_path):
                 told += os.read(controller, 4096)
             os.close(terminal)
             os.close(controller)
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
@@ -454,8 +454,11 @@ async def test_keys_that_are_gone_do_not_open_the_proxy(running, session):
     assert (await running.post(session)).status == 401
 
 
-async def test_a_silent_client_of_the_control_socket_holds_nobody_up(running, session, tmp_path):
+async def test_a_silent_client_of_the_control_socket_holds_nobody_up(
+    running, session, tmp_path, monkeypatch
+):
     """It is waited for beside everything else."""
+    monkeypatch.setattr(control, "PATIENCE_S", 0.5)
     path = control.socket_path(tmp_path / "cache", 1)
     listener = control.listen(path)
     with (

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from aiohttp import web
+from clock import until
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.providers import attempts
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import process
 from embedding_proxy.proxy.http.process import PortUnavailable, base_url, listen, serve
 from fault_server import hang
+from ports import own_port
 
 GRACE_SECONDS = 30.0
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
@@ -74,7 +76,7 @@ async def test_a_request_that_outlasts_the_grace_is_dropped(tmp_path, upstream, 
     upstream.script.append(hold)
     task, url = await _started(settings)
     try:
-        async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+        async with aiohttp.ClientSession() as session, asyncio.timeout(60):
             request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
             await arrived.wait()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -98,18 +100,15 @@ async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, c
     task, url = await _started(patient)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
-        while not upstream.calls:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0)
+        await until(lambda: upstream.calls)
         os.kill(os.getpid(), signal.SIGTERM)
-        while "stopping" not in caplog.text:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: "stopping" in caplog.text)
         for _ in range(2):
             for _ in range(100):
                 await asyncio.sleep(0)
             assert not task.done()
             ahead += GRACE_SECONDS / 2 + 2
-        while "waiting up to" not in caplog.text:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: "waiting up to" in caplog.text)
         assert not task.done()
         ahead += attempts.CLOSE_S
         async with asyncio.timeout(GRACE_SECONDS / 2):
@@ -120,8 +119,8 @@ async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, c
 
 async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
     """A port that another process listens on is an error with host, port and reason."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    port = own_port()
+    with socket.create_server(("127.0.0.1", port)):
         taken = _settings(tmp_path, upstream, port=port)
         with pytest.raises(
             PortUnavailable, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"

@@ -47,13 +47,6 @@ async def pages() -> AsyncIterator[AnyServer]:
 
 
 @pytest.fixture
-async def other() -> AsyncIterator[AnyServer]:
-    """Give the provider that an open proxy buys from and passes calls to."""
-    async with AnyServer() as server:
-        yield server
-
-
-@pytest.fixture
 async def qdrant() -> AsyncIterator[QdrantServer]:
     """Give the vector store that an open proxy writes to."""
     async with QdrantServer() as server:

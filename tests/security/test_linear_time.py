@@ -7,6 +7,7 @@ import re
 import time
 import tracemalloc
 from collections import deque
+from functools import cache
 from pathlib import Path
 
 import orjson
@@ -63,6 +64,7 @@ def _held(module):
                 yield name, one
 
 
+@cache
 def _patterns():
     """Return every pattern of the packages with the methods by which it is applied."""
     found = {}
@@ -83,7 +85,6 @@ def _patterns():
     return found
 
 
-PATTERNS = _patterns()
 NOT_FOREIGN = {references._REFERENCE, file_path._VARIABLE}
 """What reads the operator's own files alone."""
 
@@ -151,8 +152,8 @@ def _applied(pattern, method):
 
 def test_the_patterns_are_found():
     """There are some dozens, those of flags and bytes among them."""
-    assert len(PATTERNS) > 50
-    assert any(isinstance(one.pattern, bytes) for one in PATTERNS)
+    assert len(_patterns()) > 50
+    assert any(isinstance(one.pattern, bytes) for one in _patterns())
 
 
 def test_a_quadratic_pattern_is_found_out():
@@ -166,7 +167,7 @@ def test_every_pattern_reads_a_megabyte_in_linear_time():
     """Each regular expression, applied as the code applies it, to each of the texts."""
     slow = {
         (pattern.pattern, method)
-        for pattern, methods in PATTERNS.items()
+        for pattern, methods in _patterns().items()
         if pattern not in NOT_FOREIGN
         for method in methods
         if not _is_linear(_applied(pattern, method))

@@ -9,7 +9,7 @@ from embedding_proxy.proxy.http.connection import Connection
 from talk import Talk
 
 MODEL = "text-embedding-3-small"
-SECONDS = 20
+SECONDS = 60
 LINE = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\n"
 CHUNKED = LINE + b"Transfer-Encoding: chunked\r\n\r\n"
 

@@ -5,6 +5,7 @@ import time
 
 import aiohttp
 import pytest
+from clock import some_turns, until
 from embedding_proxy.proxy.service import client_keys
 from embedding_proxy.proxy.service import client_keys as proofs
 from fault_server import hang, status
@@ -137,7 +138,9 @@ async def test_an_input_that_is_refused_shuts_nothing(code, models, upstream):
 
 async def test_those_who_share_a_call_with_a_refused_input_are_served(models, upstream):
     """Requests that were gathered into one call get their own answers."""
-    proxy = await models(server={"batch_window_ms": 20})
+    # The five are a full call: nothing depends on how long the gathering takes.
+    provider = {"base_url": upstream.url, "limits": {"inputs": 5}}
+    proxy = await models(server={"batch_window_ms": 1000}, providers={"openai": provider})
     upstream.holding = {"flagged": status(403, b"")}
     texts = ["a", "b", "flagged", "c", "d"]
     replies = await asyncio.gather(*(_ask(proxy, text) for text in texts))
@@ -223,14 +226,7 @@ async def test_what_a_client_writes_teaches_no_limit(models, upstream):
 
 
 async def _called(upstream, count):
-    async with asyncio.timeout(20):
-        while len(upstream.calls) < count:  # noqa: ASYNC110 - the upstream tells nobody
-            await asyncio.sleep(0)
-
-
-async def _a_while():
-    for _ in range(300):
-        await asyncio.sleep(0)
+    await until(lambda: len(upstream.calls) >= count)
 
 
 @pytest.fixture
@@ -269,19 +265,19 @@ async def test_clients_keys_do_not_queue_for_each_others_connections(with_keys, 
 
 async def test_a_due_proof_has_a_time_limit_of_its_own(with_keys, upstream, monkeypatch):
     """What is cached is served to a key that was proved before, however long the provider takes."""
-    monkeypatch.setattr(client_keys, "PROOF_S", 0.05)
     proxy = await with_keys()
     known = proxy.service._answering._client_keys.proofs
     now = time.time()
     monkeypatch.setattr(known, "_clock", lambda: now)
     await _with_key(proxy, KEY, "a")
+    monkeypatch.setattr(client_keys, "PROOF_S", 0.05)
     now += proofs.FRESH_S + 1
     upstream.always = hang()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         reply = await _with_key(proxy, KEY, "a")
     assert (reply.status, reply.headers["x-cache"]) == (200, "hit")
     upstream.calls.clear()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await _with_key(proxy, KEY, "a")).headers["x-cache"] == "hit"
     assert not upstream.calls
     assert health(proxy).snapshot()["failures_in_a_row"] == 0
@@ -289,17 +285,17 @@ async def test_a_due_proof_has_a_time_limit_of_its_own(with_keys, upstream, monk
 
 async def test_keys_that_cannot_be_proved_hold_up_no_proved_one(with_keys, upstream, monkeypatch):
     """Proofs of unknown keys that hang leave a key that is due its hits."""
-    monkeypatch.setattr(client_keys, "PROOF_S", 0.05)
     monkeypatch.setattr(client_keys, "MAX_PROVED_AT_ONCE", 2)
     proxy = await with_keys()
     known = proxy.service._answering._client_keys.proofs
     now = time.time()
     monkeypatch.setattr(known, "_clock", lambda: now)
     await _with_key(proxy, KEY, "a")
+    monkeypatch.setattr(client_keys, "PROOF_S", 0.05)
     now += proofs.FRESH_S + 1
     upstream.always = hang()
     unknown = [asyncio.create_task(_with_key(proxy, KEY.format(i), "a")) for i in range(20)]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         reply = await _with_key(proxy, KEY, "a")
         replies = await asyncio.gather(*unknown)
     assert (reply.status, reply.headers["x-cache"]) == (200, "hit")
@@ -307,45 +303,60 @@ async def test_keys_that_cannot_be_proved_hold_up_no_proved_one(with_keys, upstr
     assert all("Retry-After" in one.headers for one in replies)
 
 
-QUICK = {"request_timeout_s": 0.5}
+REQUEST_S = 100
 
 
-async def test_a_provider_that_hangs_is_noticed_by_the_requests_own_time(models, upstream):
-    """Where that is shorter than `timeout_s`, each request that waited for it counts as failed."""
-    proxy = await models(server=QUICK)
+def _hanging(upstream, **limits):
+    """Return the sections under which a request's own time is up long before its provider's."""
     upstream.always = hang()
+    provider = {"base_url": upstream.url, "timeout_s": 1e6, "limits": limits}
+    return {"server": {"request_timeout_s": REQUEST_S}, "providers": {"openai": provider}}
+
+
+async def test_a_provider_that_hangs_is_noticed_by_the_requests_own_time(models, upstream, move):
+    """Where that is shorter than `timeout_s`, each request that waited for it counts as failed."""
+    proxy = await models(**_hanging(upstream))
     for i in range(5):
-        assert (await _ask(proxy, f"text {i}")).status == 504
+        asking = asyncio.create_task(_ask(proxy, f"text {i}"))
+        await _called(upstream, i + 1)
+        await move(REQUEST_S + 1)
+        assert (await asking).status == 504
     reply = await _ask(proxy, "text")
     assert (reply.status, len(upstream.calls)) == (503, 5)
     assert (await reply.json())["error"]["code"] == "upstream_unavailable"
 
 
-async def test_a_wait_in_our_own_queue_is_not_the_providers(models, upstream):
+async def test_a_wait_in_our_own_queue_is_not_the_providers(models, upstream, move, monkeypatch):
     """Of requests whose time ended, only those count whose calls were at the provider."""
-    proxy = await models(
-        server=QUICK, providers={"openai": {"base_url": upstream.url, "limits": {"concurrency": 1}}}
-    )
-    upstream.always = hang()
-    first = asyncio.create_task(_ask(proxy, "first"))
+    proxy = await models(**_hanging(upstream, concurrency=1))
+    asked = []
+    answer = proxy.service.answer
+    monkeypatch.setattr(proxy.service, "answer", lambda *one: asked.append(one) or answer(*one))
+    asking = [asyncio.create_task(_ask(proxy, "first"))]
     await _called(upstream, 1)
-    replies = await asyncio.gather(first, *(_ask(proxy, f"text {i}") for i in range(8)))
-    assert {reply.status for reply in replies} == {504}
+    asking += [asyncio.create_task(_ask(proxy, f"text {i}")) for i in range(8)]
+    await until(lambda: len(asked) == len(asking))
+    await some_turns()
+    await move(REQUEST_S + 1)
+    assert {reply.status for reply in await asyncio.gather(*asking)} == {504}
     assert (len(upstream.calls), health(proxy).snapshot()["failures_in_a_row"]) == (1, 1)
 
 
-async def test_a_client_that_leaves_early_proves_nothing(models, upstream):
+async def test_a_client_that_leaves_early_proves_nothing(models, upstream, move):
     """Its call goes on, and is no failure when the time of its request would have been up."""
-    proxy = await models(server=QUICK)
-    upstream.always = hang()
+    proxy = await models(**_hanging(upstream))
     left = [asyncio.create_task(_ask(proxy, f"text {i}")) for i in range(6)]
     await _called(upstream, 1)
-    await _a_while()
+    await some_turns()
     for one in left:
         one.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     # Its own time is up after that of all who have left.
-    assert (await _ask(proxy, "patient")).status == 504
+    calls = len(upstream.calls)
+    patient = asyncio.create_task(_ask(proxy, "patient"))
+    await _called(upstream, calls + 1)
+    await move(REQUEST_S + 1)
+    assert (await patient).status == 504
     assert health(proxy).snapshot()["failures_in_a_row"] == 1
 
 
@@ -358,7 +369,7 @@ async def test_declared_limits_are_shared_by_the_workers(models, upstream):
         asyncio.create_task(_ask(proxy, [f"text {i} {j}" for j in range(300)])) for i in range(4)
     ]
     await _called(upstream, 2)
-    await _a_while()
+    await some_turns()
     assert len(upstream.calls) == 2
     upstream.gate.set()
     assert {reply.status for reply in await asyncio.gather(*tasks)} == {200}

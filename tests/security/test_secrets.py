@@ -5,12 +5,10 @@ import gzip
 import itertools
 import json
 import logging
-from collections.abc import AsyncIterator
 from urllib.parse import quote
 
 import pytest
 from aiohttp import WSMsgType, web
-from any_server import AnyServer
 from embedding_proxy.providers.redaction import MAX_BYTES, Redactor
 from fault_server import status
 from hypothesis import given
@@ -62,13 +60,6 @@ def provider(monkeypatch):
     """Give the settings of a provider with the canary key, but for its address."""
     monkeypatch.setenv("CANARY_KEY", KEY)
     return {"api_key_env": "CANARY_KEY", "kind": "openai"}
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[AnyServer]:
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 @pytest.mark.parametrize("case", [*itertools.product([200, 401, 422, 500], SPELLED)])

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from clock import until
 from talk import Talk
 
 MODEL = "text-embedding-3-small"
@@ -39,8 +40,7 @@ class Served:
 
     async def is_stopping(self, times: int = 1) -> None:
         """Wait until that many processes have said that they stop."""
-        while self.log.count("stopping: ") < times:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.005)
+        await until(lambda: self.log.count("stopping: ") >= times)
 
 
 Serve = Callable[..., Awaitable[Served]]
@@ -212,7 +212,7 @@ async def test_websockets_are_closed_after_the_grace(workers, serve):
         AnyServer(act) as other,
         aiohttp.ClientSession() as session,
     ):
-        served = await serve(other.url, workers, grace_s=SHORT_GRACE)
+        served = await serve(other.url, workers, grace_s=2)
         async with session.ws_connect(f"{served.url}/realtime") as talk:
             served.send(signal.SIGTERM)
             await talk.send_str("still there")

@@ -7,13 +7,14 @@ import signal
 
 import pytest
 from any_server import AnyServer
+from clock import until
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.process import base_url, listen, serve
 from fault_server import FaultServer
 from talk import Talk
 
 BODY = json.dumps({"model": "text-embedding-3-small", "input": "a" * 1000}).encode()
-SECONDS = 20
+SECONDS = 60
 
 
 def _head(path: str, *lines: bytes, length: int = len(BODY)) -> bytes:
@@ -54,8 +55,7 @@ async def serving(tmp_path, upstream, monkeypatch, caplog):
 async def _stop(caplog) -> None:
     """Send SIGTERM, and return once the proxy does what it does at first."""
     os.kill(os.getpid(), signal.SIGTERM)
-    while "stopping" not in caplog.text:  # noqa: ASYNC110 - nobody tells
-        await asyncio.sleep(0)
+    await until(lambda: "stopping" in caplog.text)
     for _ in range(100):
         await asyncio.sleep(0)
 
@@ -90,8 +90,7 @@ async def test_a_call_that_is_passed_on_is_finished_too(serving, caplog):
         async with asyncio.timeout(SECONDS), Talk(url, _head("/v1/files", line)) as talk:
             await _continued(talk)
             await talk.send(BODY[:5])
-            while not other.seen:  # noqa: ASYNC110
-                await asyncio.sleep(0)
+            await until(lambda: other.seen)
             await _stop(caplog)
             await talk.send(BODY[5:-1])
             await talk.send(BODY[-1:])
@@ -109,8 +108,7 @@ async def test_requests_that_were_read_in_a_row_are_all_answered(serving, upstre
     plain = _head("/v1/embeddings").replace(b"Expect: 100-continue\r\n", b"")
     bad = _head("/v1/embeddings", length=2).replace(b"Expect: 100-continue\r\n", b"") + b"{}"
     async with asyncio.timeout(SECONDS), Talk(url, plain + BODY + bad) as talk:
-        while not upstream.calls:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: upstream.calls)
         await _stop(caplog)
         await talk.send(bad)
         upstream.gate.set()

@@ -3,13 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
 from email.utils import formatdate
 
 import aiohttp
 import pytest
 from aiohttp import web
-from any_server import AnyServer
 from embedding_proxy.index.errors import Unavailable, translate
 from embedding_proxy.providers.upstream.retry_after import (
     MAX_TOLD_WAIT,
@@ -41,13 +39,6 @@ BEYOND = [
     "99999999",
     "9999h",
 ]
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[AnyServer]:
-    """Give the upstream that calls are passed to."""
-    async with AnyServer() as server:
-        yield server
 
 
 @pytest.mark.parametrize("name", ["Retry-After", "retry-after-ms", "x-ratelimit-reset-requests"])

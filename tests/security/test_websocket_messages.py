@@ -10,7 +10,7 @@ from any_server import AnyServer
 from talk import Talk
 
 MIB = 1 << 20
-SECONDS = 15
+SECONDS = 60
 HANDSHAKE = (
     b"GET /v1/realtime HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
