@@ -75,7 +75,7 @@ async def _canceller(
     count: int,
 ) -> None:
     while seen["cancelled"] < count:
-        some = chance.sample(keys, chance.choice((1, 1, 2, 40)))
+        some = chance.sample(keys, chance.choice((1, 1, 2, 40, 300)))
         task = asyncio.create_task(redis.get_many(some))
         if chance.random() < 0.7:
             for _ in range(chance.randrange(4)):
