@@ -129,6 +129,7 @@ async def test_json_is_one_object(check, upstream, second, tmp_path):
             "ok": True,
             "error": None,
         },
+        "shared": None,
         "index": None,
         "providers": {
             "local": {"state": "disabled", "kind": None, "why": "null in the configuration"},
