@@ -443,6 +443,8 @@ _COMMON: dict[str, Any] = {
     # The older form of the protocol: every server speaks it, and nothing comes unasked.
     "protocol": 2,
     "driver_info": None,
+    # As much as the event loop's stream holds at most: each read takes all that has come.
+    "socket_read_size": 1 << 17,
 }
 
 

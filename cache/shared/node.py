@@ -31,8 +31,8 @@ MAX_OPEN_S = 5.0
 CONNECT_S = 1.0
 """The time of a connection to be made, and of a probe. No exchange waits so long for one."""
 WORD_S, BYTE_S = 50e-6, 1e-8
-"""What the time limit grows by for each word of a lot, which may be a key whose value is awaited,
-and for each byte that is sent: 20,000 values and 100 MB a second."""
+"""What the time limit grows by for each word of the lot that was sent last, which may be a key
+whose value is awaited, and for each byte of it: 20,000 values and 100 MB a second."""
 _QUEUE_LIMITS = 4
 _GRACES = 3
 _SLACK_S = 0.002
@@ -240,22 +240,17 @@ class Node:
         is_clean = False
         replies: list[Reply] = []
         try:
-            for lot in lots:
-                packed = connection.pack_commands(lot)
-                limit.extend(WORD_S * sum(map(len, lot)) + BYTE_S * sum(map(len, packed)))
-                await connection.send_packed_command(packed, check_health=False)
+            await _send(connection, lots[0], limit)
+            for index, lot in enumerate(lots):
+                # Once the first lot is answered, the server has the next one while this is read.
+                if index:
+                    await _send_next(connection, lots, index, limit)
                 for number in range(len(lot)):
-                    try:
-                        reply = await connection.read_response(
-                            disable_decoding=True, timeout=math.inf
-                        )
-                    except ResponseError as error:
-                        # The library takes away the first word where it knows it.
-                        code = f"{error.status_code} " if error.status_code else ""
-                        reply = Refused(f"{code}{error}")
-                    replies.append(reply)
+                    replies.append(await _read(connection))
                     if number % _REPLIES_A_LIMIT == 0:
                         limit.extend()
+                if not index:
+                    await _send_next(connection, lots, index, limit)
             is_clean = True
         finally:
             if is_clean:
@@ -390,6 +385,29 @@ class Node:
             else:
                 await self._discard(connection)
         return is_clean
+
+
+async def _send_next(
+    connection: AbstractConnection, lots: Sequence[Sequence[Words]], index: int, limit: _Limit
+) -> None:
+    if index + 1 < len(lots):
+        await _send(connection, lots[index + 1], limit)
+
+
+async def _send(connection: AbstractConnection, lot: Sequence[Words], limit: _Limit) -> None:
+    packed = connection.pack_commands(lot)
+    limit.extend(WORD_S * sum(map(len, lot)) + BYTE_S * sum(map(len, packed)))
+    await connection.send_packed_command(packed, check_health=False)
+
+
+async def _read(connection: AbstractConnection) -> Reply:
+    try:
+        reply: Reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
+    except ResponseError as error:
+        # The library takes away the first word where it knows it.
+        code = f"{error.status_code} " if error.status_code else ""
+        return Refused(f"{code}{error}")
+    return reply
 
 
 def warn_unavailable(name: str, reason: str) -> None:

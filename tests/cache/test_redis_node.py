@@ -219,3 +219,15 @@ async def test_a_loop_that_was_busy_itself_gives_nothing_up():
     loop.call_later(LIMIT_S / 2, work)
     assert await ask(node, b"a") == [b"a"]
     assert node.counters.timeouts == 0
+
+
+@timed
+async def test_lots_overlap_once_the_first_is_answered():
+    """A slow server is given one small lot; a quick one has the next while this one is read."""
+    server = Server()
+    node = node_of(server)
+    lots = [[(b"%d%d" % (lot, n),) for n in range(3)] for lot in range(4)]
+    assert await node.exchange(lots) == [words[0] for lot in lots for words in lot]
+    server.delay = 1.0
+    assert await node.exchange(lots) is None
+    assert server.connections[0].waiting == [b"00", b"01", b"02"]
