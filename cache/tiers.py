@@ -127,7 +127,7 @@ class Tiers:
         """Look up once more what was missing, at most LOT keys. It is not counted again."""
         lookup = self.lookup_nowait(keys, partition, terms)
         await self._complete_on_disk(lookup, partition, terms)
-        await self._complete_shared(lookup, partition, terms)
+        await self._complete_shared(lookup, partition, terms, is_counted=False)
         return lookup
 
     async def _finish_on_disk(
@@ -160,7 +160,12 @@ class Tiers:
             self._add_records(lookup, records, partition, kept)
 
     async def _complete_shared(
-        self, lookup: Lookup, partition: Partition, terms: CachePolicy
+        self,
+        lookup: Lookup,
+        partition: Partition,
+        terms: CachePolicy,
+        *,
+        is_counted: bool = True,
     ) -> None:
         if self.shared is None or not lookup.missing or terms.max_age <= 0:
             return
@@ -168,7 +173,9 @@ class Tiers:
         addresses, digests = lookup.keys.addresses, lookup.keys.digests
         keys = Keys([addresses[i] for i in missing], [digests[i] for i in missing])
         width = partition.dimensions
-        found = await self.shared.lookup(keys, width, lambda raw: self._warn_of_width(raw, width))
+        found = await self.shared.lookup(
+            keys, width, lambda raw: self._warn_of_width(raw, width), is_counted=is_counted
+        )
         await self._add_shared(lookup, found, partition, terms, epoch)
 
     async def _add_shared(
@@ -387,7 +394,7 @@ class Tiers:
         for found in (await self._store.lookup([key.address])).values():
             note(found.record)
         if not widths and self.shared is not None:
-            await self.shared.lookup(Keys.from_keys([key]), 0, note)
+            await self.shared.lookup(Keys.from_keys([key]), 0, note, is_counted=False)
         return max(widths, default=0)
 
     def _is_purge_epoch(self, epoch: int) -> bool:

@@ -169,9 +169,10 @@ async def test_half_precision_is_for_this_tier_only(nodes, redis):
     assert not np.array_equal(found, exact)
     assert np.allclose(found, exact, rtol=1e-3, atol=1e-6)
     assert np.array_equal((await ask(one, ["a"]))[0][0], exact)
-    size = len(redis.value(redis.keys("*:r:*")[0]))
+    records = "embedding-proxy:1:r:*"
+    size = len(redis.value(redis.keys(records)[0]))
     await filled(other, ["b"])
-    assert max(len(redis.value(key)) for key in redis.keys("*:r:*")) == size + 16
+    assert max(len(redis.value(key)) for key in redis.keys(records)) == size + 16
 
 
 async def test_a_server_that_fails_costs_no_request(nodes, redis, upstream, caplog):

@@ -157,14 +157,20 @@ class SharedTier:
         return self.redis.counters
 
     async def lookup(
-        self, keys: Keys, dimensions: int, tell_width: Callable[[bytes], None] = lambda _: None
+        self,
+        keys: Keys,
+        dimensions: int,
+        tell_width: Callable[[bytes], None] = lambda _: None,
+        *,
+        is_counted: bool = True,
     ) -> list[SharedEntry | None]:
         """Return the entries of some keys of one partition, in their order. Never raises.
 
         One of another width than `dimensions` is none, and `tell_width` is told the record.
         """
+        counters = self.counters if is_counted else SharedCounters()
         if self._is_closed or not self.redis.is_available:
-            self.counters.errors += len(keys)
+            counters.errors += len(keys)
             return [None] * len(keys)
         values = await self._read([self.redis.key(KIND, address) for address in keys.addresses])
         errors = sum(value is UNAVAILABLE for value in values)
@@ -175,12 +181,12 @@ class SharedTier:
                 await asyncio.sleep(0)
             both = zip(values[start : start + SLICE], keys.digests[start:], strict=False)
             for value, digest in both:
-                one = self._verify(value, digest, dimensions, tell_width)
+                one = self._verify(value, digest, dimensions, tell_width, counters)
                 found.append(one if one is not None and one.stored >= not_before else None)
         hits = len(found) - found.count(None)
-        self.counters.hits += hits
-        self.counters.errors += errors
-        self.counters.misses += len(found) - hits - errors
+        counters.hits += hits
+        counters.errors += errors
+        counters.misses += len(found) - hits - errors
         return found
 
     def put(
@@ -268,6 +274,7 @@ class SharedTier:
         digest: bytes,
         dimensions: int,
         tell_width: Callable[[bytes], None],
+        counters: SharedCounters,
     ) -> SharedEntry | None:
         if not isinstance(value, bytes):
             return None
@@ -276,7 +283,7 @@ class SharedTier:
         if shared is not None and entry is not None:
             return SharedEntry(entry, shared.stored)
         if shared is None or records.is_damaged(shared.record, digest):
-            self.counters.mismatches += 1
+            counters.mismatches += 1
         else:
             tell_width(shared.record)
         return None
