@@ -2,6 +2,7 @@
 
 import numpy as np
 from fault_server import vector_of
+from redis_server import until
 
 MODEL = {"space": "s/m", "dimensions": 8, "price": 2.0, "routes": [
     {"provider": "openai", "model": "m"}]}  # fmt: skip
@@ -18,9 +19,11 @@ class Nodes:
     async def start(self, name, *, shared=(), cache=(), **sections):
         url = {"url": self._url, **PATIENT, **dict(shared)}
         folder = {"directory": str(self._folder / name), "shared": url, **dict(cache)}
-        return await self._start(
+        proxy = await self._start(
             openai=self._upstream, models={"m": MODEL}, cache=folder, **sections
         )
+        await until(lambda: tier(proxy).is_available)
+        return proxy
 
 
 async def ask(proxy, texts, **headers):

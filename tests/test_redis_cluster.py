@@ -9,7 +9,7 @@ from embedding_proxy.cache.shared.client import UNAVAILABLE, Command, RedisClien
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.diagnostics.check import check_shared
 from ports import own_port
-from redis_server import RedisServer, needs_redis
+from redis_server import RedisServer, needs_redis, until
 from shared_nodes import Nodes, ask, filled, is_right, tier
 
 pytestmark = needs_redis
@@ -43,10 +43,18 @@ def client(url, **options):
     return RedisClient(RedisOptions(parse(url), **{"limit_s": PATIENCE, **options}))
 
 
+@contextlib.asynccontextmanager
+async def opened(url, **options):
+    """Open a client, and wait until it has a server, however slow the machine is."""
+    async with client(url, **options) as redis:
+        await until(lambda: redis.is_available)
+        yield redis
+
+
 async def test_a_cluster_is_asked_by_slot_and_followed_when_slots_move():
     """Every key goes to its server, also one that has moved since, or is on its way."""
     with cluster() as nodes:
-        async with client(f"redis+cluster://127.0.0.1:{nodes[0].port}") as redis:
+        async with opened(f"redis+cluster://127.0.0.1:{nodes[0].port}") as redis:
             keys = [redis.key("r", b"%d" % n) for n in range(600)]
             sets = [Command(key, (b"SET", key, key)) for key in keys]
             assert await redis.exchange(sets) == [b"OK"] * len(keys)
@@ -76,7 +84,7 @@ async def test_one_server_of_a_cluster_that_is_gone_takes_only_its_keys(tmp_path
     with cluster() as nodes:
         for node in nodes:
             node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
-        async with client(f"redis+cluster://127.0.0.1:{nodes[0].port}") as redis:
+        async with opened(f"redis+cluster://127.0.0.1:{nodes[0].port}") as redis:
             keys = [redis.key("r", b"%d" % n) for n in range(300)]
             await redis.exchange([Command(key, (b"SET", key, key)) for key in keys])
             nodes[2].kill()

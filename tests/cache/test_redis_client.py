@@ -1,6 +1,7 @@
 """The client of Redis: addresses, exchanges, limits, the breaker, clusters and sentinels."""
 
 import asyncio
+import contextlib
 import re
 import signal
 import subprocess
@@ -23,6 +24,14 @@ PATIENCE = 30.0
 
 def client(url, **options):
     return RedisClient(RedisOptions(parse(url), **{"limit_s": PATIENCE, **options}))
+
+
+@contextlib.asynccontextmanager
+async def opened(url, **options):
+    """Open a client, and wait until it has a server, however slow the machine is."""
+    async with client(url, **options) as redis:
+        await until(lambda: redis.is_available)
+        yield redis
 
 
 def setting(key, value, *more):
@@ -87,7 +96,7 @@ def test_credentials_are_decoded():
 async def test_replies_come_in_the_order_of_the_commands():
     """Values, numbers, nothing, and refusals, each at the place of its command."""
     with redis_server() as server:
-        async with client(server.url) as redis:
+        async with opened(server.url) as redis:
             key = redis.key("r", b"\x00{1}")
             assert key == b"embedding-proxy:1:r:\x00{1}"
             replies = await redis.exchange(
@@ -116,7 +125,7 @@ async def test_a_server_that_goes_is_left_alone_and_one_that_comes_back_is_used(
     """One warning when it goes, one line when it is back; nothing is raised."""
     caplog.set_level("INFO")
     with redis_server() as server:
-        async with client(server.url) as redis:
+        async with opened(server.url) as redis:
             assert await redis.exchange([setting(b"k", b"v")]) == [b"OK"]
             server.kill()
             while redis.is_available:
@@ -147,7 +156,7 @@ async def test_a_server_that_is_not_there_at_the_start_delays_nothing():
 async def test_a_stopped_server_is_given_up_after_the_limit():
     """Exchanges with it end, and then the breaker keeps others from waiting."""
     with redis_server() as server:
-        async with client(server.url, limit_s=0.005) as redis:
+        async with opened(server.url, limit_s=0.005) as redis:
             server.signal(signal.SIGSTOP)
             while redis.is_available:
                 assert await redis.get_many([b"k"]) == [UNAVAILABLE]
@@ -160,7 +169,7 @@ async def test_a_stopped_server_is_given_up_after_the_limit():
 async def test_a_cancelled_exchange_closes_its_connection():
     """Its replies are nobody's: the next exchange is on another connection."""
     with redis_server() as server:
-        async with client(server.url, max_connections=1) as redis:
+        async with opened(server.url, max_connections=1) as redis:
             await redis.exchange([setting(b"a", b"1"), setting(b"b", b"2")])
             (node,) = redis.nodes.values()
             server.signal(signal.SIGSTOP)
@@ -182,7 +191,7 @@ async def test_a_password_is_sent_and_a_wrong_one_is_named(caplog):
     with redis_server() as server:
         server.call("ACL", "SETUSER", "proxy", "on", ">hunter2", *rights.split())
         url = f"{server.url}/1"
-        async with client(url, username="proxy", password="hunter2") as redis:
+        async with opened(url, username="proxy", password="hunter2") as redis:
             tier = SharedTier(redis)
             assert await tier.prove_writes() == ""
             assert await tier.eviction_policy() is None
@@ -225,7 +234,7 @@ async def test_tls_with_a_ca_of_ones_own():
     try:
         server.start()
         url = f"rediss://localhost:{port}"
-        async with client(url, ca_file=str(TLS / "ca.pem")) as redis:
+        async with opened(url, ca_file=str(TLS / "ca.pem")) as redis:
             assert await redis.exchange([setting(b"k", b"v")]) == [b"OK"]
             assert await redis.get_many([b"k"] * 50) == [b"v"] * 50
         async with client(url) as redis:
@@ -241,5 +250,5 @@ async def test_a_server_of_the_same_machine_may_be_asked_by_a_socket():
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         path = f"{folder}/s"
         with redis_server("--unixsocket", path):
-            async with client(f"unix://{path}?db=1") as redis:
+            async with opened(f"unix://{path}?db=1") as redis:
                 assert await redis.exchange([setting(b"k", b"v")]) == [b"OK"]

@@ -28,7 +28,7 @@ from embedding_proxy.proxy.http.app import build_app
 from embedding_proxy.proxy.http.app_runner import Runner
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import FaultServer, vector_of
-from redis_server import RedisServer, redis_server
+from redis_server import RedisServer, redis_server, until
 from relay import Relay
 
 MODEL = {"space": "s/m", "dimensions": 8, "routes": [{"provider": "openai", "model": "m"}]}
@@ -52,6 +52,8 @@ async def cancel(count: int, seed: int) -> Counter[str]:
             address = parse(f"redis://127.0.0.1:{relay.port}")
             options = RedisOptions(address, limit_s=3 * MAX_DELAY_S, max_connections=4)
             async with RedisClient(options) as redis:
+                # The first answer may have been late, too.
+                await until(lambda: redis.is_available)
                 for node in redis.nodes.values():
                     node._fail = lambda *_, **__: None  # it is never left alone
                 keys = [b"%d:" % n for n in range(KEYS)]
@@ -185,8 +187,7 @@ async def faults(seconds: float) -> dict[str, object]:
                 }
 
             async def recovered() -> None:
-                while not shared.is_available:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+                await until(lambda: shared.is_available)
                 await shared.flush()
 
             await phase("warm-up")
