@@ -23,13 +23,16 @@ class SwitchedClient(RedisClient):
         super().__init__(RedisOptions(parse(f"redis://127.0.0.1:{port}"), limit_s=20.0))
         self.is_off = False
         self.exchanges = 0
+        self.fails = 0
+        """Exchanges that are still to fail."""
 
     async def exchange(
         self, commands: Sequence[Command], limit_s: float | None = None
     ) -> list[Answer]:
         """Return the replies; UNAVAILABLE for each while it is off."""
         self.exchanges += 1
-        if self.is_off:
+        if self.is_off or self.fails:
+            self.fails = max(0, self.fails - 1)
             return [UNAVAILABLE] * len(commands)
         return await super().exchange(commands, None if limit_s is None else 20.0)
 

@@ -59,6 +59,8 @@ COMPLETE_S = 600.0
 """Seconds between two times that all that clients were billed is told: Redis may evict it."""
 KNOWN_S = 600.0
 """How often the purge log notes that this node knows all purges."""
+START_S = 1.5
+"""How long a start waits for the server, to learn what was purged."""
 MAX_AHEAD_S = 1.0
 """A clock that differs by more is worth a warning."""
 
@@ -118,6 +120,12 @@ class Membership:
         self._store.on_purge = heed
         self.log.refresh()
         await self._tick_safely()
+        with contextlib.suppress(TimeoutError):
+            # A server that is slow for a moment must not hide what was purged.
+            async with asyncio.timeout(START_S):
+                while self.is_keeper and self._state is None:
+                    await asyncio.sleep(START_S / 15)
+                    await self._tick_safely()
         self._ticking = asyncio.create_task(self._tick_forever())
         return self
 

@@ -181,6 +181,20 @@ async def test_a_node_that_was_down_purges_when_it_starts(tmp_path):
 
 
 @needs_redis
+async def test_a_start_waits_for_a_server_that_is_slow_for_a_moment(tmp_path):
+    """What was purged is known before the first request, although the first exchange failed."""
+    async with clients(2) as (mine, theirs):
+        async with running(Node(tmp_path / "away", mine)) as node:
+            await node.put("a")
+        async with running(Node(tmp_path / "other", theirs)) as other:
+            await other.membership.exchange.add([_purge(PurgeFilter())])
+        mine.fails = 3
+        async with running(Node(tmp_path / "away", mine)) as node:
+            assert mine.fails == 0
+            assert await node.texts("a") == set()
+
+
+@needs_redis
 async def test_a_purge_that_was_made_without_the_server_is_told_later(tmp_path):
     """It waits in the purge log of its node, and reaches the others when the server is back."""
     async with three(tmp_path) as (one, other, _):

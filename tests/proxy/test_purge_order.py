@@ -286,6 +286,7 @@ def in_memory(monkeypatch):
         return False
 
     monkeypatch.setattr(membership_module.sweep, "claim", claim)
+    monkeypatch.setattr(membership_module, "START_S", 0.0)
 
 
 def _run(events):
