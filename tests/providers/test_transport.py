@@ -161,6 +161,7 @@ async def test_an_attempt_has_a_limit_of_its_own(stuck, move):
     await move(AN_HOUR - FOR_EVER)
     assert not posting.done()
     await move(AN_HOUR)
+    await until(posting.done)
     with pytest.raises(UpstreamTimeout, match=r"acme: no answer within \d+\.\d s"):
         await posting
     assert len(stuck.calls) == 1
@@ -172,6 +173,7 @@ async def test_an_attempt_ends_with_the_request(stuck, move):
     posting = asyncio.create_task(asking)
     await until(lambda: stuck.calls)
     await move(AN_HOUR + 1)
+    await until(posting.done)
     with pytest.raises(DeadlineExceeded):
         await posting
     assert len(stuck.calls) == 1
