@@ -126,7 +126,8 @@ class Tiers:
     async def poll(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
         """Look up once more what was missing, at most LOT keys. It is not counted again."""
         lookup = self.lookup_nowait(keys, partition, terms)
-        await self._complete_on_disk(lookup, partition, terms)
+        if not lookup.is_complete:
+            await self._complete_on_disk(lookup, partition, terms)
         await self._complete_shared(lookup, partition, terms, is_counted=False)
         return lookup
 
@@ -134,7 +135,8 @@ class Tiers:
         self, lookup: Lookup, partition: Partition, terms: CachePolicy
     ) -> None:
         """Ask the disk for what has to be awaited, and count what was found so far."""
-        await self._complete_on_disk(lookup, partition, terms)
+        if not lookup.is_complete:
+            await self._complete_on_disk(lookup, partition, terms)
         self.count_lookup(lookup, partition, terms)
         if lookup.damaged and terms.spend and terms.write:
             await self._store.delete_many(lookup.damaged)
@@ -152,12 +154,11 @@ class Tiers:
     async def _complete_on_disk(
         self, lookup: Lookup, partition: Partition, terms: CachePolicy
     ) -> None:
-        if not lookup.is_complete:
-            addresses, epoch = lookup.keys.addresses, self._store.purge_epoch
-            records = await self._store.lookup([addresses[index] for index in lookup.missing])
-            # What was purged while it was read is not kept in memory.
-            kept = terms if self._is_purge_epoch(epoch) else replace(terms, write=False)
-            self._add_records(lookup, records, partition, kept)
+        addresses, epoch = lookup.keys.addresses, self._store.purge_epoch
+        records = await self._store.lookup([addresses[index] for index in lookup.missing])
+        # What was purged while it was read is not kept in memory.
+        kept = terms if self._is_purge_epoch(epoch) else replace(terms, write=False)
+        self._add_records(lookup, records, partition, kept)
 
     async def _complete_shared(
         self,
