@@ -1,9 +1,10 @@
 """How a point is indexed: from an answer to Qdrant, in the background.
 
-1. `proxy.service.index_writes` makes points of an answer: id, payload, collection.
-2. `Indexer.add`, here, leaves out the points that this process remembers as indexed, without disk
-   access, and puts the others into the outbox.
-3. `outbox` keeps them on disk until Qdrant has them. Then the reply leaves.
+1. `proxy.service.index_writes` makes points of an answer: id, payload, collection. It leaves out
+   those that this process remembers as indexed.
+2. `Indexer.add`, here, puts the others into the outbox.
+3. `outbox` keeps them on disk until Qdrant has them, and leaves out those that it knows. Then the
+   reply leaves.
 4. `sender`, in one process, writes them to Qdrant in batches (`upsert`) and takes them out of the
    outbox. What Qdrant rejects becomes a dead letter there.
 

@@ -1,5 +1,8 @@
 """Accounts, charges and bills: who pays, and what an upstream charges for a call.
 
+Nothing is counted here: `cache.ledger.PurchaseLedger` counts the bills, by provider, model, client
+and namespace, and `cache.disk.writer` writes the sums.
+
 Money is counted in whole nanodollars (10⁻⁹ USD), so that sums are the same in any order. A token of
 a model at $0.005 per million costs five of them.
 """

@@ -1,8 +1,13 @@
 """A full disk: how much is left free, how it is found out, and what to do.
 
-While less than FREE_BYTES is free, records are not written: clients get their vectors, the records
-wait in memory (`writer`) and are tried again. Sums of the ledger are still written. At the end of
-the process the last room is used, too. A purge needs no room: see `exclusive_file`.
+While less than FREE_BYTES is free, records are not written: `check_room` says so before each
+transaction (`database`). Clients get their vectors. The records wait in memory, up to 64 MiB of
+them, and are tried again; those beyond are lost (`writer`). Sums of the ledger are still written. At
+the end of the process the last room is used, too.
+
+A proxy that starts on a full disk reads its store and writes nothing (`connection`: `Disk.open`);
+without a store it does not start. A purge needs no room: see `exclusive_file`. What waits for Qdrant
+has a bound of its own (`index.outbox`).
 """
 
 import errno

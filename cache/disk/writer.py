@@ -246,7 +246,9 @@ class Writer:
         now = time.monotonic()
         if self._warned[0] != why or now >= self._warned[1]:
             self._warned = why, now + WARNING_SECONDS
-            log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
+            log.warning(
+                "writing to the disk tier failed, records that wait in memory: %d: %s", count, why
+            )
 
     async def finish(self) -> None:
         """Wait for the current transaction, then write all that is deferred, despite any backoff.

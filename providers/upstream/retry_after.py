@@ -1,13 +1,15 @@
-"""Retry-After: how long an upstream asks to be left alone, read and kept.
+"""Retry-After: how long an upstream asks to be left alone, and what the proxy does about it.
 
-The reading is pure: text and the present time in, bounded numbers out. `seconds_until` reads every
-wait, whether a header or an error body holds it. No result is negative, NaN or infinite; no wait
-exceeds MAX_TOLD_WAIT, and none that the proxy itself keeps exceeds MAX_WAIT.
-
-`Cooldowns` keeps the waits: until its end, no call is made for the model, or for the client's key.
-Where an upstream names no time, the cooldown doubles each time that the next call meets the limit
-again. The decision whether a failed input waits for the end or goes to the next route is a row of
-`routing.policy`.
+1. `seconds_until`, here, reads every wait, whether a header or an error body holds it. The reading
+   is pure: text and the present time in, bounded numbers out. No result is negative, NaN or
+   infinite; no wait exceeds MAX_TOLD_WAIT, and none that the proxy itself keeps exceeds MAX_WAIT.
+2. The input whose call has failed: `routing.policy` decides whether it waits for that time, or goes
+   to the next route (`next_step`, `_retry_wait`).
+3. All others, after a rate limit: `routing.health` begins one of the `Cooldowns` kept here.
+   Until its end no call is made for the model, or for the client's key. Where an upstream names no
+   time, the cooldown doubles each time that the next call meets the limit again. Calls that queue
+   for the provider wait as well (`rate_limiter`: `pause`).
+4. The client, if its request fails: `client_wait` bounds what it is told.
 """
 
 import re

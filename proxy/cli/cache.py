@@ -44,7 +44,7 @@ from .output import (
 )
 
 if TYPE_CHECKING:
-    from embedding_proxy.cache.shared.registry import NodeState
+    from embedding_proxy.cache.shared.node_registry import NodeState
 
 NamespaceOption = Annotated[
     str | None,

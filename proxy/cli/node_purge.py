@@ -18,13 +18,13 @@ from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.client import RedisClient
-from embedding_proxy.cache.shared.purge_exchange import NodeReceipt, PurgeExchange
-from embedding_proxy.cache.shared.purge_log import LoggedPurge, PurgeLog, time_of_purge
-from embedding_proxy.cache.shared.registry import (
+from embedding_proxy.cache.shared.node_registry import (
     NodeName,
     NodeState,
     Registry,
 )
+from embedding_proxy.cache.shared.purge_exchange import NodeReceipt, PurgeExchange
+from embedding_proxy.cache.shared.purge_log import LoggedPurge, PurgeLog, time_of_purge
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.membership import APPLY_LOCK
 

@@ -9,7 +9,7 @@ from embedding_proxy.cache.disk import connection, ledger_reader
 from embedding_proxy.cache.ledger import COLUMNS, MAX_LEDGER_KEYS, By
 from embedding_proxy.cache.shared.client import RedisClient
 from embedding_proxy.cache.shared.client_budget import SharedSpending
-from embedding_proxy.cache.shared.registry import NodeName, NodeState, Registry, read_node_id
+from embedding_proxy.cache.shared.node_registry import NodeName, NodeState, Registry, read_node_id
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.storage import GIB, node_name, shared_tier
 

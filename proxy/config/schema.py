@@ -1,5 +1,8 @@
 """What a configuration may say: its sections, keys, types and defaults.
 
+The keys of providers, models, the index and the shared tier are in `providers`, `models`, `index`
+and `shared` beside this file.
+
 Settings objects stay in `proxy`; the packages below it take plain arguments.
 """
 

@@ -27,7 +27,7 @@ from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from embedding_proxy.proxy.service.request import CALLER, Client
 
 if TYPE_CHECKING:
-    from embedding_proxy.cache.shared.registry import NodeState
+    from embedding_proxy.cache.shared.node_registry import NodeState
     from embedding_proxy.proxy.service.membership import Membership
 
 

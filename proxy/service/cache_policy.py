@@ -6,8 +6,9 @@
 - `frozen`: cache hits are served; a cache miss is an error (404 `not_cached`, `cache.errors`).
   Nothing costs money: no provider is opened or needs a key, no call is passed through, no drift
   check runs (`embedding_service`, `http.passthrough`, `cli.startup`). Keys that clients send for
-  a provider are not verified (`client_keys`). Records older than `cache.ttl_days` are not served,
-  and not deleted either (`storage`).
+  a provider are not verified (`client_keys`). Every model counts as usable, also without a
+  provider (`model_registry`), and `/v1/models` lists all (`http.models`). Records older than
+  `cache.ttl_days` are not served, and not deleted either (`storage`).
 - `refresh`: every input is bought, and replaces its record.
 - `off`: every input is bought; nothing is read from the cache or stored.
 

@@ -26,6 +26,12 @@ from embedding_proxy.cache.ledger import COLUMNS, MAX_LEDGER_KEYS, By, Line
 from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.allowance import Allowance
 from embedding_proxy.cache.shared.client import RedisClient
+from embedding_proxy.cache.shared.node_registry import (
+    BEAT_S,
+    NodeName,
+    NodeState,
+    Registry,
+)
 from embedding_proxy.cache.shared.purge_exchange import (
     NodeReceipt,
     PurgeExchange,
@@ -36,12 +42,6 @@ from embedding_proxy.cache.shared.purge_log import (
     LoggedPurge,
     PurgeLog,
     PurgeRecord,
-)
-from embedding_proxy.cache.shared.registry import (
-    BEAT_S,
-    NodeName,
-    NodeState,
-    Registry,
 )
 from embedding_proxy.index.outbox import FAILURES, purge_points
 

@@ -104,7 +104,7 @@ class Storage:
         """Become one of the nodes that share a Redis."""
         # As the client: where it is not configured, nothing imports it.
         from embedding_proxy.cache.shared.client_budget import SharedSpending  # noqa: PLC0415
-        from embedding_proxy.cache.shared.registry import NodeName, read_node_id  # noqa: PLC0415
+        from embedding_proxy.cache.shared.node_registry import NodeName, read_node_id  # noqa: PLC0415
 
         from .membership import Membership  # noqa: PLC0415
 

@@ -193,7 +193,7 @@ async def test_what_fails_is_kept_and_written_later(rig, caplog, error):
     assert await _told(rig.put(1), rig.put(2)) == [False, False]
     assert rig.disk.replaced == 0
     assert rig.backlog == {1, 2}
-    assert "2 not kept: " in caplog.text
+    assert "wait in memory: 2: " in caplog.text
     assert not caplog.text.rstrip().endswith(":")
     rig.disk.file.failure = lambda _: None
     await rig.writer.flush()

@@ -13,8 +13,8 @@ from embedding_proxy.cache.ledger import By, LedgerKey, Usage, add_up
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.client_budget import SharedSpending
+from embedding_proxy.cache.shared.node_registry import NodeName, read_node_id
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, time_of_purge
-from embedding_proxy.cache.shared.registry import NodeName, read_node_id
 from embedding_proxy.cache.shared.tier import SharedTier
 from embedding_proxy.cache.shared.warmup import Copier, WarmUp
 from embedding_proxy.cache.tiers import Tiers

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from embedding_proxy.cache.disk.purge import PurgeFilter
+from embedding_proxy.cache.shared.node_registry import read_node_id
 from embedding_proxy.cache.shared.purge_log import PurgeLog
-from embedding_proxy.cache.shared.registry import read_node_id
 
 from tests.proxy.test_membership import Node, running
 from tests.redis_server import needs_redis, redis_server

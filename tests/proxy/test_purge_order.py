@@ -14,6 +14,7 @@ import pytest
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.shared import purge_log
+from embedding_proxy.cache.shared.node_registry import Beat, NodeName
 from embedding_proxy.cache.shared.purge_exchange import PurgeState, SharedPurges
 from embedding_proxy.cache.shared.purge_log import (
     LoggedPurge,
@@ -22,7 +23,6 @@ from embedding_proxy.cache.shared.purge_log import (
     PurgeRules,
     decode,
 )
-from embedding_proxy.cache.shared.registry import Beat, NodeName
 from embedding_proxy.proxy.service import membership as membership_module
 from embedding_proxy.proxy.service.membership import Membership
 from hypothesis import HealthCheck, given, settings
