@@ -2,12 +2,12 @@
 
 While less than FREE_BYTES is free, records are not written: `check_room` says so before each
 transaction (`database`). Clients get their vectors. The records wait in memory, up to 64 MiB of
-them, and are tried again; those beyond are lost (`writer`). Sums of the ledger are still written. At
-the end of the process the last room is used, too.
+them, and are tried again; those beyond are lost (`writer`). Sums of the ledger are still written.
+At the end of the process the last room is used, too.
 
 A proxy that starts on a full disk reads its store and writes nothing (`connection`: `Disk.open`);
-without a store it does not start. A purge needs no room: see `exclusive_file`. What waits for Qdrant
-has a bound of its own (`index.outbox`).
+without a store it does not start. A purge needs no room: see `exclusive_file`. What waits for
+Qdrant has a bound of its own (`index.outbox`).
 """
 
 import errno
