@@ -64,6 +64,10 @@ def test_json_is_all_that_is_printed(capsys):
     assert out.endswith("\n")
 
 
+LINE_SECONDS = output.LINE_SECONDS
+"""What it is outside of the tests."""
+
+
 class _Clock:
     now = 100.0
 
@@ -76,6 +80,7 @@ def clock(monkeypatch):
     """Give a clock that goes only when it is told."""
     clock = _Clock()
     monkeypatch.setattr(output, "time", clock)
+    monkeypatch.setattr(output, "LINE_SECONDS", LINE_SECONDS)
     return clock
 
 
