@@ -72,7 +72,7 @@ DOORS = {
     "yaml": {"proxy/config/yaml_file.py"},
     "splintr": {"providers/tokens.py"},
     "wordllama": {"providers/local.py"},
-    "prometheus_client": {"proxy/http/metrics.py"},
+    "prometheus_client": {"proxy/http/metrics.py", "proxy/http/metric_families.py"},
     "opentelemetry": {"proxy/http/tracing.py"},
     # The vectors' forms; what measures many at once; what makes its own; what shows off; what
     # computes the checksums of a log.

@@ -25,7 +25,8 @@ from embedding_proxy.proxy.service.storage import GIB
 
 from .auth import Authenticator
 from .dashboard.samples import Reading
-from .metrics import CACHE_DURATION, Metrics
+from .metric_families import CACHE_DURATION
+from .metrics import Metrics
 from .request_metrics import EMBEDDINGS
 from .shared_counters import Series, Totals
 from .status import usage_fields
