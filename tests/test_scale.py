@@ -138,4 +138,5 @@ def test_real_nodes_do_what_the_simulation_says(tmp_path, monkeypatch):
     assert sum(found.inputs) == load.inputs
     # A node may ask before the other one has written.
     assert said.inputs[3] <= found.inputs[3] < said.inputs[2] + said.inputs[3]
-    assert found.disk_entries == said.disk_entries
+    # What comes from the shared tier is written to disk a moment later.
+    assert said.disk_entries - found.inputs[2] <= found.disk_entries <= said.disk_entries

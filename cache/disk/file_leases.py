@@ -33,7 +33,8 @@ log = logging.getLogger("embedding_proxy.store")
 FOLDER_NAME = "leases"
 FILES = 64
 LOT = 256
-"""Leases that are taken without a turn for others, in some tenths of a millisecond."""
+"""Leases that are taken, or given back, without a turn for others, in some tenths of a
+millisecond."""
 CHECK_S = 1.0
 """How often it is looked whether the folder was deleted or replaced, in seconds."""
 _TICK_S = 0.01
@@ -101,14 +102,17 @@ class FileLeases:
             self._release(addresses)
             return
         loop = asyncio.get_running_loop()
-        self._kept.append((loop.time() + GRACE_S, addresses))
+        end, leases = loop.time() + GRACE_S, list(addresses)
+        for start in range(0, len(leases), LOT):
+            self._kept.append((end, leases[start : start + LOT]))
         if self._timer is None:
             self._timer = loop.call_later(GRACE_S, self._release_kept)
 
     def _release_kept(self) -> None:
+        """Give back the lot whose time is over; the next one in a turn of its own."""
         self._timer, kept, loop = None, self._kept, asyncio.get_running_loop()
         # Timers may go off early by as much: uvloop's count whole milliseconds.
-        while kept and kept[0][0] <= loop.time() + _TICK_S:
+        if kept and kept[0][0] <= loop.time() + _TICK_S:
             self._release(kept.popleft()[1])
         if kept:
             self._timer = loop.call_at(kept[0][0], self._release_kept)

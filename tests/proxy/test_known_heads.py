@@ -69,7 +69,7 @@ async def test_a_miss_is_answered_without_aiohttp(upstream, start_proxy, read_by
     ]
     assert lines[1]["usd"] > 0
     requests = proxy.app[REQUESTS]
-    assert requests.counts == {("embeddings", 200): 2}
+    assert requests.by_status == {("embeddings", 200): 2}
     assert requests.in_flight == 0
 
 
@@ -106,7 +106,7 @@ async def test_a_failure_reads_as_ever(upstream, start_proxy, read_by_aiohttp, c
     assert known[2] == other[2]
     assert common(known[1]) == common(other[1])
     assert len(upstream.calls) == 4
-    assert proxy.app[REQUESTS].counts == {("embeddings", 200): 2, ("embeddings", 400): 2}
+    assert proxy.app[REQUESTS].by_status == {("embeddings", 200): 2, ("embeddings", 400): 2}
     assert proxy.app[REQUESTS].in_flight == 0
     errors = [line for line in caplog.messages if known[1]["x-request-id"] in line]
     assert len(errors) == 1
@@ -237,7 +237,7 @@ async def test_a_failure_that_nobody_is_told_is_counted(upstream, start_proxy, c
         async with asyncio.timeout(30):
             while proxy.app[REQUESTS].in_flight:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0)
-    assert proxy.app[REQUESTS].counts == {("embeddings", 200): 1, ("embeddings", 499): 1}
+    assert proxy.app[REQUESTS].by_status == {("embeddings", 200): 1, ("embeddings", 499): 1}
     assert any("failed when its client had left" in line for line in caplog.messages)
 
 

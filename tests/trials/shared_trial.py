@@ -169,10 +169,10 @@ async def faults(seconds: float) -> dict[str, object]:
             waits: list[float] = []
             lookup = shared.lookup
 
-            async def timed(*arguments):
+            async def timed(*arguments, **keywords):
                 began = time.perf_counter()
                 try:
-                    return await lookup(*arguments)
+                    return await lookup(*arguments, **keywords)
                 finally:
                     waits.append(time.perf_counter() - began)
 
