@@ -128,28 +128,28 @@ class Call:
         further = self._slots.acquire_free(len(inputs) - 1, self._route.limits.concurrency)
         places = asyncio.Semaphore(1 + further)
 
-        async def ask(one: PendingInput) -> Embedded | None:
+        async def ask(pending: PendingInput) -> Embedded | None:
             async with places:
-                return await self._ask([one], context) if self._wants(one) else None
+                return await self._ask([pending], context) if self._wants(pending) else None
 
         try:
-            came = await asyncio.gather(*map(ask, inputs), return_exceptions=True)
+            results = await asyncio.gather(*map(ask, inputs), return_exceptions=True)
         finally:
             for _ in range(further):
                 self._slots.release()
-        parts = {i: one for i, one in enumerate(came) if isinstance(one, Embedded)}
+        parts = {i: part for i, part in enumerate(results) if isinstance(part, Embedded)}
         vectors = {i: part.vectors[0] for i, part in parts.items()}
-        items, tokenizer = [one.input for one in inputs], exact_tokenizer(self._key.space)
+        items, tokenizer = [pending.input for pending in inputs], exact_tokenizer(self._key.space)
         groups = find_duplicate_vectors(items, vectors, tokenizer)
         shared = sorted({i for group in groups for i in group})
-        failed = {one: i for i, one in enumerate(came) if isinstance(one, BaseException)}
+        failed = {error: i for i, error in enumerate(results) if isinstance(error, BaseException)}
         good = [i for i in parts if i not in shared]
         whole = assemble([([row], parts[i]) for row, i in enumerate(good)])
         if shared or failed:
             await self.deliver(good, whole)
         if shared:
-            for one in inputs:
-                one.is_alone = False
+            for pending in inputs:
+                pending.is_alone = False
             problem = "one vector for inputs that differ, also when each is asked for alone"
             error = InvalidAnswer(self._route.name, problem)
             error.index = shared[0] if len(shared) < len(inputs) else None
@@ -159,7 +159,7 @@ class Call:
             if isinstance(worst, InvalidAnswer):
                 worst.index = failed[worst]
             raise worst
-        if any(_is_fused(one) for one in inputs[0].failures):
+        if any(map(_is_fused, inputs[0].failures)):
             self._route.learn_single()
         return good, whole
 
