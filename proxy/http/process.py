@@ -451,8 +451,10 @@ def _signals(
     def hear(number: signal.Signals) -> None:
         events.put_nowait(number)
         if number in IMPATIENT_SIGNALS and not is_worker:
-            for one in IMPATIENT_SIGNALS:
-                loop.remove_signal_handler(one)
+            for impatient in IMPATIENT_SIGNALS:
+                loop.remove_signal_handler(impatient)
+                # Else Python raises KeyboardInterrupt, and what it cancels may still answer.
+                signal.signal(impatient, signal.SIG_DFL)
 
     for number in heeded:
         loop.add_signal_handler(number, hear, number)
