@@ -73,6 +73,8 @@ class Lookup:
     """Records that do not verify, by address."""
     mark: int = 0
     """`InFlight.landed` when the look-up began."""
+    begun: float | None = None
+    """When it began, on the event loop's clock; None = not known."""
 
 
 class Tiers:
