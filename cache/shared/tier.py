@@ -79,6 +79,8 @@ class _Write(NamedTuple):
     key: bytes
     value: bytes
     stored: float
+    number: int
+    """How many records were put before, and with it."""
     replaces: bool = True
     """Whether it takes the place of any record; else only of an older one."""
     tries: int = 0
@@ -119,6 +121,10 @@ class SharedTier:
         self._reads: set[asyncio.Task[None]] = set()
         self._queue: deque[_Write] = deque()
         self._queued_bytes = 0
+        self._writing: Sequence[_Write] = ()
+        """What was taken from the queue, and has no answer yet."""
+        self.put_count = 0
+        """How many records were put in the queue so far."""
         self._writer: asyncio.Task[None] | None = None
         self._failed_at = float("-inf")
         """When a write last had no answer, or could not be sent, by the clock."""
@@ -213,9 +219,16 @@ class SharedTier:
             record = records.encode(entry, is_float16=self._is_float16)
             value = pack(record, stored, partition)
             if value is not None:
-                self._add(_Write(self.redis.key(KIND, address), value, stored, replaces))
+                self.put_count += 1
+                key = self.redis.key(KIND, address)
+                self._add(_Write(key, value, stored, self.put_count, replaces))
         if self._writer is None and self._queue:
             self._writer = asyncio.create_task(self._write_queue())
+
+    def is_queued(self, put_count: int) -> bool:
+        """Tell whether one of the first so many records that were put is not written yet."""
+        oldest = self._writing or self._queue
+        return bool(oldest) and oldest[0].number <= put_count
 
     async def flush(self) -> None:
         """Wait until what was put so far is written or dropped: as long as there is no answer."""
@@ -352,9 +365,10 @@ class SharedTier:
                     writes.append(self._queue.popleft())
                     size += len(writes[-1].value)
                 self._queued_bytes -= size
+                self._writing = writes
                 await self._write(writes)
         finally:
-            self._writer = None
+            self._writer, self._writing = None, ()
 
     async def _write(self, writes: Sequence[_Write]) -> None:
         commands = [Command(write.key, self._words(write)) for write in writes]
@@ -376,6 +390,7 @@ class SharedTier:
         for write in reversed(again):
             self._queue.appendleft(write)
             self._queued_bytes += len(write.value)
+        self._writing = ()
         if again:
             await asyncio.sleep(RETRY_S)
 

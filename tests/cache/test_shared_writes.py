@@ -43,8 +43,14 @@ async def test_a_late_write_replaces_only_what_is_older(monkeypatch, fault, othe
         async with tier_at(server, 1000.0, ttl_s=ttl_s) as one, tier_at(server, others) as other:
             exchange, waits = one.redis.exchange, []
 
+            async def again(*arguments):
+                assert one.is_queued(1)
+                assert not one.is_queued(0)
+                return await exchange(*arguments)
+
             async def fail(*_):
-                monkeypatch.setattr(one.redis, "exchange", exchange)
+                monkeypatch.setattr(one.redis, "exchange", again)
+                assert one.is_queued(1)
                 put(other)
                 await other.flush()
                 return [UNAVAILABLE]
@@ -64,7 +70,9 @@ async def test_a_late_write_replaces_only_what_is_older(monkeypatch, fault, othe
                 put(other)
                 await other.flush()
                 put(one, stored=1000.0, replaces=False)
+            assert one.is_queued(1)
             await one.flush()
+            assert not one.is_queued(1)
             assert await stored(other) == max(1000.0, others)
             left_ms = int(server.call("PTTL", one.redis.key("r", KEY.address))[1:])
             assert (left_ms > 0) == (ttl_s is not None and others < 1000.0)
