@@ -92,6 +92,9 @@ class CachingEmbedder:
         else:
             all_keys, keys, mark = lookup.keys, lookup.keys, lookup.mark
             await self._tiers.finish(lookup, ring.partition, context.terms)
+            if lookup.missing and context.begun is not None:
+                # The look-up is older than this context; leases have to know how old.
+                context = replace(context, begun=lookup.begun)
         if context.check_tokens is not None:
             tokens = None if lookup.missing else _tokens(lookup.entries, positions)
             context = replace(context, counts=await context.check_tokens(tokens), check_tokens=None)
@@ -118,9 +121,9 @@ class CachingEmbedder:
         keys = ring.keys_at_once(inputs)
         if len(keys) > 1 and len(set(keys.digests)) < len(keys):
             return None
-        mark = self._in_flight.landed
+        mark, begun = self._in_flight.landed, asyncio.get_running_loop().time()
         lookup = self._tiers.lookup_nowait(keys, ring.partition, NORMAL)
-        lookup.mark = mark
+        lookup.mark, lookup.begun = mark, begun
         return lookup
 
     def answer_hits(

@@ -73,6 +73,8 @@ class Lookup:
     """Records that do not verify, by address."""
     mark: int = 0
     """`InFlight.landed` when the look-up began."""
+    begun: float | None = None
+    """When it began, on the event loop's clock; None = not known."""
 
 
 class Tiers:
@@ -235,7 +237,7 @@ class Tiers:
             entry, partition, stored = self._copies.pop(address)
             pending[address] = PendingRecord(record.encode(entry), partition, stored)
         if pending:
-            await self._store.put_older(pending)
+            await self._store.put_older(pending, is_copied=True)
 
     def _forget(self) -> None:
         """Drop what another process may have purged."""
@@ -373,7 +375,7 @@ class Tiers:
 
         No counts are written along.
         """
-        stored = time.time() - age_s
+        stored, epoch = time.time() - age_s, self._store.purge_epoch
         if self.shared is not None:
             own = {key.address: entry for key, entry in entries.items()}
             self.shared.put(own, partition, stored, replaces=False)
@@ -383,6 +385,9 @@ class Tiers:
                 for key, entry in entries.items()
             }
         )
+        if self._is_purge_epoch(epoch):
+            for key, entry in entries.items():
+                self.memory.put(key.address, entry, stored)
 
     async def find_width(self, key: Key) -> int:
         """Return the dimensions of the record of a key, if there is one; else 0."""

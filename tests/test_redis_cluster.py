@@ -8,6 +8,7 @@ from embedding_proxy.cache.disk.file_leases import FileLeases
 from embedding_proxy.cache.shared.address import RedisOptions, parse
 from embedding_proxy.cache.shared.client import UNAVAILABLE, Command, RedisClient
 from embedding_proxy.cache.shared.redis_leases import RedisLeases
+from embedding_proxy.cache.shared.tier import SharedTier
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.diagnostics.check import check_shared
 from ports import own_port
@@ -84,7 +85,9 @@ async def test_leases_of_a_cluster_have_one_holder(tmp_path):
     with cluster() as servers_of_cluster:
         async with contextlib.AsyncExitStack() as stack:
             one, other = [
-                RedisLeases(FileLeases(tmp_path / name), await stack.enter_async_context(redis))
+                RedisLeases(
+                    FileLeases(tmp_path / name), SharedTier(await stack.enter_async_context(redis))
+                )
                 for name in ("one", "other")
                 for redis in [client(f"redis+cluster://127.0.0.1:{servers_of_cluster[0].port}")]
             ]

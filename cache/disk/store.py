@@ -180,17 +180,29 @@ class Store:
         now = time.time()
         pending = {a: PendingRecord(record, partition, now) for a, record in records.items()}
         if self._cannot_write:
-            if self._ticking is not None and not self._closing:
-                self._pending.keep_failed(WriteBatch(records=pending))
+            self._keep_unwritten(pending)
             return False
         self._pending.changes.records.update(pending)
         return await self._writer.commit()
 
-    async def put_older(self, records: Mapping[bytes, PendingRecord]) -> bool:
-        """Write records that were bought a while ago, unless newer ones are there. Never raises."""
+    async def put_older(
+        self, records: Mapping[bytes, PendingRecord], *, is_copied: bool = False
+    ) -> bool:
+        """Write records that were bought a while ago, unless newer ones are there. Never raises.
+
+        `is_copied`: whether there are others of them elsewhere, so that none has to be kept in
+        memory while nothing can be written.
+        """
         if self._cannot_write:
+            if not is_copied:
+                self._keep_unwritten(records)
             return False
         return await self._writer.write(WriteBatch(records=dict(records), keep_newer=True))
+
+    def _keep_unwritten(self, records: Mapping[bytes, PendingRecord]) -> None:
+        """Let records that were bought while nothing can be written wait for a later time."""
+        if self._ticking is not None and not self._closing:
+            self._pending.keep_failed(WriteBatch(records=dict(records)))
 
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
         """Delete bad records, unless they were replaced since. Never raises."""

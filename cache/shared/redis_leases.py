@@ -2,13 +2,14 @@
 
 A lease is a key that holds a token of its own and expires by itself. It is set if nobody has it,
 renewed while the record is being bought, and deleted by a script that compares the token: what
-another node holds by now is left alone. After the record was written it stays for WRITTEN_S, for
-records reach the shared tier in the background.
+another node holds by now is left alone. Records reach the shared tier in the background: the lease
+of one that was written on its machine is kept until it is there, and for up to WRITTEN_S more.
 
 While Redis cannot be reached, or refuses, the lease of the machine alone decides.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Collection, Coroutine, Sequence
@@ -17,8 +18,9 @@ from typing import Any
 
 from embedding_proxy.cache.leases import Leases
 
-from .client import Answer, Command, RedisClient
+from .client import Answer, Command
 from .node import Refused
+from .tier import SharedTier
 
 log = logging.getLogger("embedding_proxy.shared")
 
@@ -28,7 +30,7 @@ TTL_S = 3.0
 RENEW_S = 1.0
 """How often the leases that are held are renewed, in seconds."""
 WRITTEN_S = 2.0
-"""How long a lease lasts after its record was written on the machine that has bought it."""
+"""How long a lease lasts that is not renewed after its record was written on its machine."""
 LIMIT_S = 0.25
 """The time limit of what nobody waits for."""
 KEEP = b"""\
@@ -51,10 +53,11 @@ class _Held:
 class RedisLeases:
     """Leases as `leases.Leases`, of a machine and of all machines. For one event loop."""
 
-    def __init__(self, local: Leases, redis: RedisClient) -> None:
-        """`redis` is open as long as leases are asked for, and until `aclose` has returned."""
+    def __init__(self, local: Leases, tier: SharedTier) -> None:
+        """`tier` is open as long as leases are asked for, and until `aclose` has returned."""
         self._local = local
-        self._redis = redis
+        self._tier = tier
+        self._redis = tier.redis
         self._node = secrets.token_bytes(8)
         self._tokens = 0
         self._held: dict[bytes, _Held] = {}
@@ -63,6 +66,7 @@ class RedisLeases:
         self._has_warned = False
         self._renewal: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = asyncio.Event()
 
     async def acquire(self, addresses: Sequence[bytes]) -> Collection[bytes]:
         """Take the leases that nobody else holds, on any machine; return their addresses."""
@@ -131,10 +135,22 @@ class RedisLeases:
         if tokens:
             if is_written:
                 self._written.update(tokens)
-                loop = asyncio.get_running_loop()
-                loop.call_later(WRITTEN_S, self._forget, tokens)
-            self._start(self._keep(tokens, WRITTEN_S if is_written else 0.0))
+                self._start(self._keep_written(tokens, self._tier.put_count))
+            else:
+                self._start(self._keep(tokens, 0.0))
         self._local.release(addresses, is_written=is_written)
+
+    async def _keep_written(self, tokens: dict[bytes, bytes], put_count: int) -> None:
+        """Keep leases until the first so many records were written to the shared tier."""
+        await self._keep(tokens, WRITTEN_S)
+        while self._tier.is_queued(put_count) and not self._closing.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_S):
+                    await self._closing.wait()
+            # Those that this process holds again are renewed like others.
+            still = {a: token for a, token in tokens.items() if self._written.get(a) == token}
+            await self._keep(still, WRITTEN_S)
+        asyncio.get_running_loop().call_later(WRITTEN_S, self._forget, tokens)
 
     def _forget(self, tokens: dict[bytes, bytes]) -> None:
         for address, token in tokens.items():
@@ -143,6 +159,7 @@ class RedisLeases:
 
     async def aclose(self) -> None:
         """Give everything back that is held, and wait until that was sent."""
+        self._closing.set()
         if self._renewal is not None:
             self._renewal.cancel()
         if self._held:

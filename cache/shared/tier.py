@@ -2,7 +2,8 @@
 
 Reads of several requests go together: while MAX_READS exchanges are under way, further keys wait,
 and share the next one. Records are written in the background, in the order of their purchase, from
-a queue of at most MAX_QUEUED_BYTES; a write that gets no answer is tried again.
+a queue of at most MAX_QUEUED_BYTES; a write that gets no answer is tried again. One of a purchase
+from before the last failure replaces no newer record: another node may have bought it meanwhile.
 
 Failure licence: what is not answered in time, or does not verify, is a miss; what cannot be written
 is dropped. Nothing raises, and nothing waits for a server that fails.
@@ -26,7 +27,7 @@ from embedding_proxy.providers.failure_backoff import Backoff
 
 from .client import UNAVAILABLE, Command, RedisClient, Unavailable
 from .node import NodeCounters, Refused
-from .value import KIND, pack, unpack
+from .value import KIND, SET_NEWER, pack, unpack
 
 log = logging.getLogger("embedding_proxy.shared")
 
@@ -78,7 +79,10 @@ class _Write(NamedTuple):
     key: bytes
     value: bytes
     stored: float
+    number: int
+    """How many records were put before, and with it."""
     replaces: bool = True
+    """Whether it takes the place of any record; else only of an older one."""
     tries: int = 0
 
 
@@ -117,7 +121,13 @@ class SharedTier:
         self._reads: set[asyncio.Task[None]] = set()
         self._queue: deque[_Write] = deque()
         self._queued_bytes = 0
+        self._writing: Sequence[_Write] = ()
+        """What was taken from the queue, and has no answer yet."""
+        self.put_count = 0
+        """How many records were put in the queue so far."""
         self._writer: asyncio.Task[None] | None = None
+        self._failed_at = float("-inf")
+        """When a write last had no answer, or could not be sent, by the clock."""
         self._refusals = Backoff()
         self._is_closed = False
 
@@ -199,7 +209,7 @@ class SharedTier:
     ) -> None:
         """Write entries in a while. `stored` is when they were bought; None = now. Never raises.
 
-        `replaces`: whether they take the place of those that are there.
+        `replaces`: whether they take the place of those that are there, and not only of older ones.
         """
         if self._is_closed or self._refusals.is_waiting:
             self.counters.write_errors += len(entries)
@@ -209,9 +219,16 @@ class SharedTier:
             record = records.encode(entry, is_float16=self._is_float16)
             value = pack(record, stored, partition)
             if value is not None:
-                self._add(_Write(self.redis.key(KIND, address), value, stored, replaces))
+                self.put_count += 1
+                key = self.redis.key(KIND, address)
+                self._add(_Write(key, value, stored, self.put_count, replaces))
         if self._writer is None and self._queue:
             self._writer = asyncio.create_task(self._write_queue())
+
+    def is_queued(self, put_count: int) -> bool:
+        """Tell whether one of the first so many records that were put is not written yet."""
+        oldest = self._writing or self._queue
+        return bool(oldest) and oldest[0].number <= put_count
 
     async def flush(self) -> None:
         """Wait until what was put so far is written or dropped: as long as there is no answer."""
@@ -339,6 +356,7 @@ class SharedTier:
         try:
             while self._queue:
                 if not self.redis.is_available:
+                    self._failed_at = self._clock()
                     await asyncio.sleep(RETRY_S)
                     continue
                 writes: list[_Write] = []
@@ -347,14 +365,17 @@ class SharedTier:
                     writes.append(self._queue.popleft())
                     size += len(writes[-1].value)
                 self._queued_bytes -= size
+                self._writing = writes
                 await self._write(writes)
         finally:
-            self._writer = None
+            self._writer, self._writing = None, ()
 
     async def _write(self, writes: Sequence[_Write]) -> None:
         commands = [Command(write.key, self._words(write)) for write in writes]
         limit_s = max(WRITE_LIMIT_S, self.redis.options.limit_s)
         answers = await self.redis.exchange(commands, limit_s)
+        if UNAVAILABLE in answers:
+            self._failed_at = self._clock()
         again: list[_Write] = []
         refusal = ""
         for write, answer in zip(writes, answers, strict=True):
@@ -369,15 +390,18 @@ class SharedTier:
         for write in reversed(again):
             self._queue.appendleft(write)
             self._queued_bytes += len(write.value)
+        self._writing = ()
         if again:
             await asyncio.sleep(RETRY_S)
 
     def _words(self, write: _Write) -> tuple[bytes | int, ...]:
-        words = (b"SET", write.key, write.value, *(() if write.replaces else (b"NX",)))
-        if self._ttl_s is None:
-            return words
-        left_ms = round(1000 * (write.stored + self._ttl_s - self._clock()))
-        return (*words, b"PX", max(1, left_ms))
+        left_ms = 0
+        if self._ttl_s is not None:
+            left_ms = max(1, round(1000 * (write.stored + self._ttl_s - self._clock())))
+        if not write.replaces or write.stored <= self._failed_at:
+            return (b"EVAL", SET_NEWER, 1, write.key, write.value, left_ms)
+        words = (b"SET", write.key, write.value)
+        return (*words, b"PX", left_ms) if left_ms else words
 
     def _note_refusal(self, refusal: str, *, is_answered: bool) -> None:
         """Leave the server alone with writes for a while if it has refused one; say so once."""

@@ -22,6 +22,15 @@ from embedding_proxy.cache.key import Partition, checksum
 KIND = "r"
 """The kind of the keys (see `RedisClient.key`); the address of the entry is the name."""
 _HEAD = struct.Struct("<QIHH")
+SET_NEWER = b"""\
+local old = redis.call('GET', KEYS[1])
+if old and #old >= 8 and struct.unpack('<I8', old) >= struct.unpack('<I8', ARGV[1]) then
+  return 0
+end
+if ARGV[2] == '0' then return redis.call('SET', KEYS[1], ARGV[1]) end
+return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])"""
+"""A script that sets a value for so many milliseconds, 0 = for ever, unless one that was bought at
+the same time or later is there."""
 _CHECKSUM = 8
 _MAX_NAME = (1 << 16) - 1
 

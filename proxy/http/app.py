@@ -84,7 +84,9 @@ def build_app(
     app[status.READINESS] = status.Readiness()
     reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
     app[RESPONSES] = responses = ResponseCache(
-        reply_bytes, is_enabled=server.fast_path and tracing is None
+        reply_bytes,
+        is_enabled=server.fast_path and tracing is None,
+        max_body=int(server.max_body_mib * MIB),
     )
     app[LIMITS] = ConnectionLimits.of(server)
     app[REQUESTS] = requests

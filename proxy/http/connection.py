@@ -194,7 +194,7 @@ class Connection(asyncio.Protocol):
             self._wait_for_head()
             return
         responses = self._server.responses
-        request = plain_request(data, end) if responses.is_enabled else None
+        request = plain_request(data, end, responses.max_body) if responses.is_enabled else None
         if request is not None and request.end <= min(len(data), MAX_REQUEST):
             body = data[request.begin : request.end]
             key = responses.key(request.head, body)

@@ -45,17 +45,18 @@ class PlainRequest(NamedTuple):
     """Where it ends."""
 
 
-def plain_request(data: bytes, head_end: int) -> PlainRequest | None:
+def plain_request(data: bytes, head_end: int, max_body: int) -> PlainRequest | None:
     """Return the POST request at the beginning of some data; None for any other request.
 
-    `head_end` is where the end of its head begins. The body need not have come.
+    `head_end` is where the end of its head begins. The body need not have come. One of more than
+    `max_body` bytes is for aiohttp, whose handler refuses it.
     """
     if not data.startswith(b"POST "):
         return None
     # Without regard to case, it takes longer to find than all the rest.
     place = max(data.find(b"\r\nContent-Length:", 0, head_end), 0)
     match = _LENGTH.search(data, place, head_end + len(_CRLF))
-    if match is None:
+    if match is None or int(match[1]) > max_body:
         return None
     head = data[: match.start(1)] + data[match.end(1) : head_end]
     begin = head_end + len(HEAD_END)

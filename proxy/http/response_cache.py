@@ -169,9 +169,15 @@ def header_lines(headers: Iterable[tuple[str, str]]) -> bytes:
 class ResponseCache:
     """Responses of at most `max_bytes` by request, and what is known of heads."""
 
-    def __init__(self, max_bytes: int, *, is_enabled: bool = True) -> None:
-        """`is_enabled` is `server.fast_path`: whether responses may be given again at all."""
+    def __init__(
+        self, max_bytes: int, *, is_enabled: bool = True, max_body: int = MAX_REQUEST
+    ) -> None:
+        """`is_enabled` is `server.fast_path`: whether responses may be given again at all.
+
+        `max_body` is how many bytes the body of a request may have.
+        """
         self.is_enabled = is_enabled
+        self.max_body = max_body
         self.handler: EmbeddingHandler | None = None
         # A whole block, which is hashed once. Nobody is shown a digest, to lengthen its request.
         self._hash = hashlib.sha256(secrets.token_bytes(64))

@@ -1,9 +1,9 @@
 """Several processes behind one port, that share one store.
 
 The parent takes the address and forks before anything else is opened; it serves nothing itself. A
-worker that dies is replaced. Requests for the same input that reach two workers at the same moment
-are not joined: each worker has its own flights. Of the declared limits of a provider each worker
-uses its share (`Limits.share`).
+worker that dies is replaced. Each worker has its own flights; of an input that two workers are
+asked for at the same moment, one buys the vector and the other waits for it (`cache.leases`). Of
+the declared limits of a provider each worker uses its share (`Limits.share`).
 
 The parent has a channel to each worker, over which it says that the configuration is to be read
 anew, or that another process has taken the port over.

@@ -133,7 +133,7 @@ def _shared_leases(local: FileLeases, shared: "SharedTier | None") -> "RedisLeas
         return None
     from embedding_proxy.cache.shared.redis_leases import RedisLeases  # noqa: PLC0415 - an extra
 
-    return RedisLeases(local, shared.redis)
+    return RedisLeases(local, shared)
 
 
 def make_storage(settings: Settings) -> Storage:

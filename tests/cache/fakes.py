@@ -172,7 +172,9 @@ class FakeStore:
         await self.writing.through()
         return not self.broken
 
-    async def put_older(self, records: Mapping[bytes, PendingRecord]) -> bool:
+    async def put_older(
+        self, records: Mapping[bytes, PendingRecord], *, is_copied: bool = False
+    ) -> bool:
         for address, record in records.items():
             if address not in self.records or (record.stored or 0.0) > self.stored:
                 self.records[address] = record.record

@@ -11,6 +11,7 @@ from clock import run_virtual as run
 from embedding_proxy.cache import record
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
+from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.leases import FRESH_S, MAX_PAUSE_S, MIN_PAUSE_S
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiers import Tiers
@@ -231,6 +232,25 @@ def test_a_look_up_is_trusted_for_a_moment(age):
         rig.store.reading.open()
         assert (await late).outcomes == [JOIN if age else MISS]
         assert not rig.table.holders
+
+    run(work())
+
+
+@pytest.mark.parametrize("age", [0.0, 2 * FRESH_S])
+def test_a_look_up_that_was_made_before_the_answer_began_is_as_old_as_it_is(age):
+    """A connection looks up first; the task that answers may have its turn much later."""
+
+    async def work():
+        rig = Rig(1)
+        (one,) = rig.processes
+        rig.store.is_quick = True
+        ring = keyring(SPACE, Namespace(""))
+        lookup = one.embedder.lookup_nowait(ring, ["a"])
+        rig.store.records[key_of("a", SPACE).address] = record.encode(entry_of("a", SPACE))
+        await asyncio.sleep(age)
+        context = Context(begun=asyncio.get_running_loop().time())
+        embedded = await one.embedder.embed(SPACE, ["a"], context, lookup)
+        assert embedded.outcomes == [JOIN if age else MISS]
 
     run(work())
 

@@ -5,13 +5,19 @@ import contextlib
 
 import pytest
 from embedding_proxy.cache.disk.file_leases import FileLeases
+from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.shared import redis_leases
 from embedding_proxy.cache.shared.address import RedisOptions, parse
 from embedding_proxy.cache.shared.client import RedisClient
 from embedding_proxy.cache.shared.redis_leases import RedisLeases
+from embedding_proxy.cache.shared.tier import SharedTier
+from embedding_proxy.providers.base import Space
 from redis_server import needs_redis, redis_server, until
 
+from tests.cache.fakes import entry_of
+
 pytestmark = needs_redis
+SPACE = Space("m", 3)
 
 PATIENCE = 30.0
 """A limit that no machine is too slow for."""
@@ -29,7 +35,7 @@ async def nodes(server, *folders, limit_s=PATIENCE):
             stack.callback(local.close)
             options = RedisOptions(parse(server.url), limit_s=limit_s)
             redis = await stack.enter_async_context(RedisClient(options))
-            leases = RedisLeases(local, redis)
+            leases = RedisLeases(local, SharedTier(redis))
             stack.push_async_callback(leases.aclose)
             found.append(leases)
         yield found
@@ -96,6 +102,51 @@ async def test_after_a_write_it_lasts_until_the_record_is_shared(tmp_path):
             await until(lambda: left_ms(server, ADDRESSES[0]) == -2)
             server.call("SET", key_of(ADDRESSES[0]), "another node's")
             assert not [*await one.acquire(ONE)]
+
+
+async def test_it_lasts_as_long_as_the_record_waits_to_be_shared(tmp_path, monkeypatch):
+    """However long the queue of writes is, no other node buys what waits in it."""
+    monkeypatch.setattr(redis_leases, "RENEW_S", 0.01)
+    entry, partition = entry_of("a", SPACE), keyring(SPACE).partition
+    with redis_server() as server:
+        async with nodes(server, tmp_path / "1", tmp_path / "2") as (one, two):
+            tier, gate = one._tier, asyncio.Event()
+            write = tier._write
+
+            async def write_late(writes):
+                await gate.wait()
+                await write(writes)
+
+            tier._write = write_late
+            await one.acquire(ADDRESSES[:2])
+            tier.put({ADDRESSES[0]: entry, ADDRESSES[1]: entry}, partition)
+            one.release(ADDRESSES[:2], is_written=True)
+            assert [*await one.acquire(ADDRESSES[1:2])] == ADDRESSES[1:2]
+            one.release(ADDRESSES[1:2], is_written=False)
+            await until(lambda: left_ms(server, ADDRESSES[1]) == -2)
+            for _ in range(3):
+                server.call("PEXPIRE", key_of(ADDRESSES[0]), "600000")
+                await until(lambda: left_ms(server, ADDRESSES[0]) <= 1000 * redis_leases.WRITTEN_S)
+            assert [*await two.acquire(ADDRESSES[:2])] == ADDRESSES[1:2]
+            gate.set()
+            await until(lambda: not one._tasks)
+            server.call("PEXPIRE", key_of(ADDRESSES[0]), "600000")
+            await one.aclose()
+            assert left_ms(server, ADDRESSES[0]) > 10_000, "it was there; nothing is renewed"
+
+
+async def test_the_end_waits_for_no_record_that_cannot_be_shared(tmp_path):
+    """Its lease lapses by itself."""
+    with redis_server() as server:
+        async with nodes(server, tmp_path) as (leases,):
+            tier = leases._tier
+            tier._write = lambda _: asyncio.Event().wait()
+            await leases.acquire(ONE)
+            tier.put({ONE[0]: entry_of("a", SPACE)}, keyring(SPACE).partition)
+            leases.release(ONE, is_written=True)
+            await leases.aclose()
+            tier._writer.cancel()
+            assert 0 < left_ms(server, ONE[0]) <= 1000 * redis_leases.WRITTEN_S
 
 
 async def test_what_is_granted_twice_is_given_back_twice(tmp_path):

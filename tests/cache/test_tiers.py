@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from embedding_proxy.cache import record
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import PendingRecord
 from embedding_proxy.cache.key import Key, Keys, checksum, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
@@ -251,6 +252,21 @@ async def test_what_the_disk_does_not_take_is_kept_in_memory(tiers, store):
     await tiers.put_many({KEY: ENTRY}, PARTITION)
     assert await entries_in(tiers, [KEY, OTHER], PARTITION) == {KEY: ENTRY}
     assert store.records == {}
+
+
+async def test_what_is_bought_too_late_while_the_disk_rests_waits_for_it(tmp_path):
+    """It is at hand in memory, and on disk once that takes it again; a copy only where it lasts."""
+    async with Store(tmp_path, 1 << 30) as disk:
+        tiers, backoff = Tiers(Memory(MIB), disk), disk._writer.backoff
+        for _ in range(3):
+            backoff.fail()
+        await tiers.put_late({KEY: ENTRY}, PARTITION, 5.0)
+        copy = PendingRecord(record.encode(ENTRIES[OTHER]), PARTITION, 1.0)
+        await disk.put_older({OTHER.address: copy}, is_copied=True)
+        assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
+        assert tiers.counters == TierCounters(memory_hits=1)
+    async with Store(tmp_path, 1 << 30) as disk:
+        assert await entries_in(Tiers(Memory(0), disk), [KEY, OTHER], PARTITION) == {KEY: ENTRY}
 
 
 async def test_no_keys_ask_nobody(tiers, store):

@@ -143,11 +143,13 @@ def test_the_beginning_of_a_plain_head_is_waited_with(end):
 
 def test_only_a_plain_request_is_told():
     """A POST with one length; whether its client waits for a word is told apart."""
-    assert plain_request(HEAD + b"\r\n", len(HEAD) - 2) is None
-    assert plain_request(b"GET / HTTP/1.1\r\nContent-Length: 1\r\n\r\n", 33) is None
+    assert plain_request(HEAD + b"\r\n", len(HEAD) - 2, 9) is None
+    assert plain_request(b"GET / HTTP/1.1\r\nContent-Length: 1\r\n\r\n", 33, 9) is None
     assert is_expecting(HEAD + b"EXPECT: 100-continue")
     assert not is_expecting(HEAD + b"X: Expect: 100-continue")
-    found = plain_request(HEAD + b"Content-Length: 07\r\n\r\n", len(HEAD) + 18)
+    counted = HEAD + b"Content-Length: 07\r\n\r\n"
+    assert plain_request(counted, len(HEAD) + 18, 6) is None
+    found = plain_request(counted, len(HEAD) + 18, 7)
     assert found == (HEAD + b"Content-Length: ", len(HEAD) + 22, len(HEAD) + 29)
 
 

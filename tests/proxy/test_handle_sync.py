@@ -49,7 +49,7 @@ async def proxy(upstream, start_proxy):
 
 def _split(data: bytes) -> tuple[bytes, bytes] | None:
     """Return what a request's head is known by, and its body; None unless data is one request."""
-    found = plain_request(data, data.find(b"\r\n\r\n"))
+    found = plain_request(data, data.find(b"\r\n\r\n"), len(data))
     if found is None or found.end != len(data):
         return None
     return found.head, data[found.begin :]

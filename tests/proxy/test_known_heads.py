@@ -168,6 +168,20 @@ async def test_what_comes_behind_it_is_answered_in_order(upstream, start_proxy):
     assert [reply[1].get("x-cache") for reply in replies] == ["miss", None, "miss", "hit", "miss"]
 
 
+async def test_a_body_that_is_too_large_is_refused_as_under_an_unknown_head(upstream, start_proxy):
+    """Nothing of it is bought; a body of the very length that is allowed is answered."""
+    largest = post("x" * 900)
+    allowed = len(largest) - largest.find(b"\r\n\r\n") - 4
+    proxy = await start_proxy(upstream, server={"max_body_mib": allowed / 2**20})
+    async with Talk(proxy.url, post("zero")) as talk:
+        await talk.response()
+        await talk.send(largest)
+        assert (await talk.response())[0] == 200
+        await talk.send(post("x" * 901))
+        assert (await talk.response())[0] == 413
+    assert upstream.inputs == ["zero", "x" * 900]
+
+
 async def _hold(upstream: FaultServer) -> asyncio.Event:
     """Have the next call wait for the event that is returned."""
     event = asyncio.Event()
