@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Self
 
 from embedding_proxy.cache.disk.lock import WriterLock
-from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import COLUMNS, MAX_LEDGER_KEYS, By, Line
@@ -42,6 +41,7 @@ from embedding_proxy.cache.shared.purge_log import (
     LoggedPurge,
     PurgeLog,
     PurgeRecord,
+    floor_purge,
 )
 from embedding_proxy.index.outbox import FAILURES, purge_points
 
@@ -153,7 +153,11 @@ class Membership:
         return self._lock is not None
 
     def is_purged(self, partition: Partition, address: bytes, stored: float) -> bool:
-        """Tell whether an entry that was stored at a time is purged; see `PurgeRules`."""
+        """Tell whether an entry on disk that was stored at a time is purged; see `PurgeLog`."""
+        return self.log.is_purged(partition, address, stored)
+
+    def is_purged_shared(self, partition: Partition, address: bytes, stored: float) -> bool:
+        """Tell the same of an entry of the shared tier."""
         return self.log.rules.is_purged(partition, address, stored)
 
     def allowance(self, name: str, limits: Mapping[str, float]) -> Allowance:
@@ -270,7 +274,7 @@ class Membership:
         if is_emptied:
             await self._budgets.publish(is_complete=True)
         record = await asyncio.to_thread(self.log.peek)
-        untold = [one for one in record.purges.values() if not one.is_told or is_emptied]
+        untold = is_emptied or not all(one.is_told for one in record.purges.values())
         is_known = state == self._state and not untold
         if is_known and self._clock() < self._known_at + KNOWN_S:
             self._pending = [one for one in record.purges.values() if not one.is_done]
@@ -284,7 +288,9 @@ class Membership:
             one
             for one in record.purges.values()
             # Of those that all knew, what everybody may forget is not brought back.
-            if one.id not in present and (not one.is_told or (is_again and one.at > shared.floor))
+            if one.id not in present
+            and not one.is_floor
+            and (not one.is_told or (is_again and one.at > shared.floor))
         ]
         if missing and not await self.exchange.add(missing):
             return
@@ -300,8 +306,7 @@ class Membership:
 
         def change(record: PurgeRecord) -> None:
             if shared.floor > record.known_until:
-                floor = LoggedPurge(f"floor-{shared.floor}", PurgeFilter(), shared.floor)
-                news.append(replace(floor, is_told=True))
+                news.append(floor_purge(shared.floor))
             new.extend(record.add(news))
             record.known_until = max(record.known_until, now)
 
@@ -353,6 +358,10 @@ class Membership:
                     log.warning("the purge log cannot be written: %s", error)
                     return
                 self._pending = [other for other in self._pending if other.id != one.id]
+                if one.is_floor:
+                    # From here on the disk may have older entries: those of the shared tier.
+                    await self._store.announce_purge()
+                    continue
                 receipt = NodeReceipt(self.node.id, self.node.name, deleted)
                 self._receipts.append((one.id, receipt))
                 self._unswept.append(one)

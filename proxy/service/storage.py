@@ -117,6 +117,7 @@ class Storage:
         self.membership = membership = Membership(redis, self.store, self.budgets, node)
         self.budgets.share(SharedSpending(redis, identity), lambda: membership.alive)
         self.tiers.is_purged = membership.is_purged
+        self.tiers.is_purged_shared = membership.is_purged_shared
         await self._stack.enter_async_context(membership)
         self._stack.push_async_callback(self.budgets.aclose)
 

@@ -11,7 +11,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage, add_up
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.shared import sweep
+from embedding_proxy.cache.shared import purge_exchange, purge_log, sweep
 from embedding_proxy.cache.shared.client_budget import SharedSpending
 from embedding_proxy.cache.shared.node_registry import NodeName, read_node_id
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, time_of_purge
@@ -49,6 +49,7 @@ class Node:
         node = NodeName(identity or read_node_id(folder), name or folder.name)
         self.membership = Membership(client, self.store, self.budgets, node)
         self.tiers.is_purged = self.membership.is_purged
+        self.tiers.is_purged_shared = self.membership.is_purged_shared
 
     async def put(self, *texts, partition=PARTITION):
         """Keep the entries of some texts."""
@@ -302,6 +303,36 @@ async def test_another_process_takes_over_when_the_keeper_ends(tmp_path):
             assert not worker.membership.is_keeper
         async with running(Node(tmp_path / "n", theirs)) as worker:
             assert worker.membership.is_keeper
+
+
+@needs_redis
+async def test_a_new_node_leaves_the_shared_tier_as_it_is(tmp_path, monkeypatch):
+    """The floor of a server that has forgotten purges is about a node's own disk alone."""
+    monkeypatch.setattr(purge_log, "MAX_PURGES", 10)
+    monkeypatch.setattr(purge_exchange, "MAX_PURGES", 10)
+    texts = {"a", "b", "c"}
+    async with clients(2) as (mine, theirs), running(Node(tmp_path / "old", mine)) as old:
+        await old.put(*texts)
+        await _purge_often(old, 12)
+        assert (await old.membership.exchange.read()).floor > 0
+        async with running(Node(tmp_path / "new", theirs)) as new:
+            assert await new.texts(*texts) == texts
+            await new.settle()
+            assert await new.in_redis() == 3
+            assert await new.texts(*texts) == texts
+            await new.tiers.flush_copies()
+            new.store.on_purge()
+            theirs.is_off = True
+            assert await new.texts(*texts) == texts
+
+
+async def _purge_often(node, count):
+    """Make purges that are about nothing, in the future, so each is later than all before."""
+    for number in range(count):
+        name = f"often-{number}"
+        purge = _purge(PurgeFilter(namespace=name), name, time.time() + 60 + number)
+        assert await node.membership.exchange.add([purge])
+        await node.settle()
 
 
 # Sums

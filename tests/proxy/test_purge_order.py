@@ -187,7 +187,12 @@ class Node:
             known = records.get(address)
             if known is None or known[0] != partition:
                 continue
-            if self.membership.is_purged(partition, address, known[1]):
+            is_purged = (
+                self.membership.is_purged
+                if records is self.store.records
+                else self.membership.is_purged_shared
+            )
+            if is_purged(partition, address, known[1]):
                 continue
             self.store.records.setdefault(address, known)
             self.store.memory[address] = known
