@@ -14,7 +14,7 @@ own disk alone: the shared tier holds nothing of what was forgotten.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class LoggedPurge:
     """Whether this node has deleted what it is about."""
     is_told: bool = False
     """Whether the other nodes can know of it."""
+    is_swept: bool = False
+    """Whether the shared tier holds nothing of it any more."""
 
     @property
     def before(self) -> float | None:
@@ -111,6 +113,7 @@ def decode(content: bytes) -> LoggedPurge:
             at,
             is_done=bool(fields.get("is_done")),
             is_told=bool(fields.get("is_told")),
+            is_swept=bool(fields.get("is_swept")),
         )
     except (AttributeError, KeyError, TypeError, orjson.JSONDecodeError) as error:
         raise ValueError(f"no purge: {error}") from error
@@ -138,15 +141,16 @@ class PurgeRecord:
     """By id, the earliest first."""
 
     def add(self, purges: Iterable[LoggedPurge]) -> list[LoggedPurge]:
-        """Add those that are new, and return them; one that is known may learn that it is told."""
+        """Add those that are new, and return them; the others learn how far they are."""
         new = []
         for one in purges:
             known = self.purges.get(one.id)
             if known is None:
                 new.append(one)
                 self.purges[one.id] = one
-            elif one.is_told and not known.is_told:
-                self.purges[one.id] = replace(known, is_told=True)
+            else:
+                is_told = one.is_told or known.is_told
+                self.purges[one.id] = replace(known, is_told=is_told, is_swept=one.is_swept)
         return new
 
     def mark_done(self, purge: str) -> None:
@@ -157,10 +161,17 @@ class PurgeRecord:
         elif known is not None:
             self.purges[purge] = replace(known, is_done=True)
 
+    def mark_swept(self, purges: Collection[str]) -> None:
+        """Note what the server has forgotten: all that was told but these."""
+        for one in self.purges.values():
+            if one.is_told and one.id not in purges:
+                self.purges[one.id] = replace(one, is_swept=True)
+
     def compact(self) -> None:
-        """Forget the earliest beyond MAX_PURGES, of those that all nodes know."""
+        """Forget the earliest beyond MAX_PURGES, of those that all know, and nothing is left of."""
         for one in list(self.purges.values()):
-            if one.is_done and one.is_told and len(self.purges) > MAX_PURGES:
+            is_over = one.is_done and one.is_told and one.is_swept
+            if is_over and len(self.purges) > MAX_PURGES:
                 del self.purges[one.id]
 
 
@@ -282,6 +293,7 @@ class PurgeLog:
                     **orjson.loads(one.encode()),
                     "is_done": one.is_done,
                     "is_told": one.is_told,
+                    "is_swept": one.is_swept,
                 }
                 for one in record.purges.values()
             ]

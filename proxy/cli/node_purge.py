@@ -127,11 +127,17 @@ class NodePurge:
 
     async def _sweep(self, client: RedisClient, purge: LoggedPurge) -> int | None:
         # The proxies leave it to this command; it is killed for a while only.
-        await sweep.claim(client, purge, self._node.id)
+        is_claimed = await sweep.claim(client, purge, self._node.id)
         try:
-            return await sweep.delete(client, purge)
+            deleted = await sweep.delete(client, [purge])
         except sweep.Interrupted:
+            # The proxies do it.
             return None
+        finally:
+            if is_claimed:
+                await sweep.release(client, [purge])
+        await PurgeExchange(client).mark_swept([purge])
+        return deleted
 
     async def _wait(
         self, client: RedisClient, purge: str, receipt: NodeReceipt, wait_s: float

@@ -59,6 +59,9 @@ COMPLETE_S = 600.0
 """Seconds between two times that all that clients were billed is told: Redis may evict it."""
 KNOWN_S = 600.0
 """How often the purge log notes that this node knows all purges."""
+SWEEP_S = 60.0
+"""After how long a deletion in the shared tier that was interrupted is tried again."""
+_SWEPT_TOGETHER = 500
 START_S = 1.5
 """How long a start waits for the server, to learn what was purged."""
 MAX_AHEAD_S = 1.0
@@ -105,6 +108,7 @@ class Membership:
         """Purges that this node has not made yet."""
         self._unswept: list[LoggedPurge] = []
         """Purges that the shared tier may still hold records of."""
+        self._sweep_at = float("-inf")
         self._applying: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
@@ -269,8 +273,9 @@ class Membership:
         state = await self.exchange.poll()
         if state is None:
             return
-        is_first = self._state is None
-        is_emptied = not is_first and state.generation != (self._state or state).generation
+        before = self._state or state
+        # Emptied, or back with older data, from a snapshot or a replica.
+        is_emptied = state.generation != before.generation or state.number < before.number
         if is_emptied:
             await self._budgets.publish(is_complete=True)
         record = await asyncio.to_thread(self.log.peek)
@@ -283,19 +288,16 @@ class Membership:
         if shared is None:
             return
         present = {one.id for one in shared.purges}
-        is_again = is_first or is_emptied
         missing = [
-            one
+            replace(one, is_swept=False)
             for one in record.purges.values()
             # Of those that all knew, what everybody may forget is not brought back.
-            if one.id not in present
-            and not one.is_floor
-            and (not one.is_told or (is_again and one.at > shared.floor))
+            if not (one.id in present or one.is_floor or (one.is_told and one.at <= shared.floor))
         ]
         if missing and not await self.exchange.add(missing):
             return
         if await self._add(shared, missing, now):
-            self._unswept += [one for one in missing if not one.is_told]
+            self._unswept = [one for one in (*shared.purges, *missing) if not one.is_swept]
             self._state, self._known_at = state, self._clock()
             await self.exchange.compact(shared)
 
@@ -308,6 +310,7 @@ class Membership:
             if shared.floor > record.known_until:
                 news.append(floor_purge(shared.floor))
             new.extend(record.add(news))
+            record.mark_swept({one.id for one in news})
             record.known_until = max(record.known_until, now)
 
         try:
@@ -364,7 +367,6 @@ class Membership:
                     continue
                 receipt = NodeReceipt(self.node.id, self.node.name, deleted)
                 self._receipts.append((one.id, receipt))
-                self._unswept.append(one)
         await self._tell_receipts()
         await self._sweep_all()
 
@@ -391,16 +393,33 @@ class Membership:
         return True
 
     async def _sweep_all(self) -> None:
-        """Delete in the shared tier what was purged, unless another node does."""
-        while self._unswept and not self._stop.is_set():
-            one = self._unswept.pop(0)
-            if not await sweep.claim(self._client, one, self.node.id):
-                continue
-            try:
-                deleted = await sweep.delete(self._client, one)
-            except sweep.Interrupted as error:
-                log.warning("deleting what was purged in the shared tier: no answer of %s", error)
+        """Delete in the shared tier what was purged, unless another node does.
+
+        A purge is left only when the server knows that it is done; until then its rule is kept.
+        """
+        while self._unswept and not self._stop.is_set() and self._clock() >= self._sweep_at:
+            lot = self._unswept[:_SWEPT_TOGETHER]
+            swept = await self.exchange.swept(lot)
+            if swept is None:
                 return
+            self._unswept = [one for one in self._unswept if one.id not in swept]
+            if swept:
+                continue
+            claimed = [one for one in lot if await sweep.claim(self._client, one, self.node.id)]
+            if not claimed:
+                return
+            try:
+                deleted = await sweep.delete(self._client, claimed, self._stop.is_set)
+                await self.exchange.mark_swept(claimed)
+            except sweep.Interrupted as error:
+                self._sweep_at = self._clock() + SWEEP_S
+                if not self._stop.is_set():
+                    log.warning(
+                        "deleting what was purged in the shared tier: no answer of %s", error
+                    )
+                return
+            finally:
+                await sweep.release(self._client, claimed)
             if deleted:
                 log.info("%d purged records were deleted in the shared tier", deleted)
 

@@ -326,10 +326,62 @@ async def test_a_new_node_leaves_the_shared_tier_as_it_is(tmp_path, monkeypatch)
             assert await new.texts(*texts) == texts
 
 
-async def _purge_often(node, count):
+@needs_redis
+async def test_an_interrupted_sweep_is_made_up_for(tmp_path, monkeypatch):
+    """A purge is kept until nothing of it is left; whoever comes next may sweep."""
+    monkeypatch.setattr(purge_log, "MAX_PURGES", 10)
+    monkeypatch.setattr(purge_exchange, "MAX_PURGES", 10)
+    interrupted = []
+
+    async def interrupt(*_):
+        interrupted.append(1)
+        raise sweep.Interrupted("server")
+
+    async with clients(2) as (mine, theirs), running(Node(tmp_path / "a", mine)) as one:
+        await one.put("secret")
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "delete", interrupt)
+            await one.membership.exchange.add([_purge(PurgeFilter(namespace=""))])
+            await one.settle()
+            await _purge_often(one, 25)
+            assert len(interrupted) == 1
+            assert await one.in_redis() == 1
+            assert await one.texts("secret") == set()
+        async with running(Node(tmp_path / "b", theirs)) as other:
+            await other.settle()
+            assert await other.in_redis() == 0
+        one.membership._sweep_at = float("-inf")
+        await one.settle()
+        # All is swept by now.
+        assert not one.membership._unswept
+        await _purge_often(one, 12, "more")
+        shared = await one.membership.exchange.read()
+        assert len(shared.purges) <= 11
+        assert len(one.membership.log.read().purges) <= 11
+
+
+@needs_redis
+async def test_purges_outlive_a_server_that_comes_back_with_older_data(tmp_path):
+    """Its generation is the same; nodes that know more than it tell it."""
+    async with three(tmp_path) as (one, other, away):
+        await away.put("a", "b")
+        redis, key = one.client, one.client.key("purges")
+        await one.membership.exchange.add([_purge(PurgeFilter(namespace="x"), "p0")])
+        await one.settle()
+        snapshot = await redis.command("DUMP", key)
+        await one.membership.exchange.add([_purge(PurgeFilter(namespace=""))])
+        await one.settle()
+        await other.settle()
+        await redis.command("RESTORE", key, 0, snapshot, "REPLACE")
+        await other.settle()
+        await away.settle()
+        assert await away.texts("a", "b") == set()
+
+
+async def _purge_often(node, count, word="often"):
     """Make purges that are about nothing, in the future, so each is later than all before."""
     for number in range(count):
-        name = f"often-{number}"
+        name = f"{word}-{number}"
         purge = _purge(PurgeFilter(namespace=name), name, time.time() + 60 + number)
         assert await node.membership.exchange.add([purge])
         await node.settle()
