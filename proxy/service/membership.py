@@ -352,7 +352,7 @@ class Membership:
                     return
                 if not await self._purge_outbox(one):
                     return
-                deleted = await self._store.purge(one.choice, one.at)
+                deleted = await self._store.purge(one.choice, one.at, self._stop.is_set)
                 if deleted is None:
                     return
                 try:

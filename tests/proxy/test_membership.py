@@ -11,7 +11,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage, add_up
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.shared import purge_exchange, purge_log, sweep
+from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.client_budget import SharedSpending
 from embedding_proxy.cache.shared.node_registry import NodeName, read_node_id
 from embedding_proxy.cache.shared.purge_log import LoggedPurge, time_of_purge
@@ -102,7 +102,7 @@ async def three(tmp_path):
         ]
 
 
-def _purge(choice, identity="p1", at=None):
+def purge_of(choice, identity="p1", at=None):
     return LoggedPurge(identity, choice, time_of_purge(time.time()) if at is None else at)
 
 
@@ -127,7 +127,7 @@ async def test_a_purge_reaches_all_nodes(tmp_path, choice, left):
         for node in nodes:
             await node.put("a", "b")
             await node.put("team", partition=OTHERS)
-        purge = _purge(choice)
+        purge = purge_of(choice)
         assert await nodes[0].membership.exchange.add([purge])
         for node in nodes:
             await node.settle()
@@ -145,7 +145,7 @@ async def test_what_was_bought_after_a_purge_stays(tmp_path):
     """A node that hears of a purge late keeps what it has bought since."""
     async with three(tmp_path) as (one, other, _):
         await other.put("old")
-        purge = _purge(PurgeFilter())
+        purge = purge_of(PurgeFilter())
         assert await one.membership.exchange.add([purge])
         while time.time() < purge.at + 0.001:  # noqa: ASYNC110 - times are whole milliseconds
             await asyncio.sleep(0)
@@ -162,7 +162,7 @@ async def test_points_that_wait_for_qdrant_are_purged_on_every_node(tmp_path):
             points = [Point(id_bytes(n), bytes(16), b"{}", plain=True, new=True) for n in (0, 1)]
             target = Target("docs", "m", 4)
             outbox.add(target, points)
-            await one.membership.exchange.add([_purge(PurgeFilter(address=id_bytes(1)))])
+            await one.membership.exchange.add([purge_of(PurgeFilter(address=id_bytes(1)))])
             await other.settle()
             assert [each.id for each in outbox.batch(target, 1 << 30, 9)] == [id_bytes(0)]
 
@@ -174,7 +174,7 @@ async def test_a_node_that_was_down_purges_when_it_starts(tmp_path):
         async with running(Node(tmp_path / "away", mine)) as node:
             await node.put("a")
         async with running(Node(tmp_path / "other", theirs)) as other:
-            await other.membership.exchange.add([_purge(PurgeFilter())])
+            await other.membership.exchange.add([purge_of(PurgeFilter())])
         async with running(Node(tmp_path / "away", mine)) as node:
             assert await node.texts("a") == set()
             await node.settle()
@@ -188,7 +188,7 @@ async def test_a_start_waits_for_a_server_that_is_slow_for_a_moment(tmp_path):
         async with running(Node(tmp_path / "away", mine)) as node:
             await node.put("a")
         async with running(Node(tmp_path / "other", theirs)) as other:
-            await other.membership.exchange.add([_purge(PurgeFilter())])
+            await other.membership.exchange.add([purge_of(PurgeFilter())])
         mine.fails = 3
         async with running(Node(tmp_path / "away", mine)) as node:
             assert mine.fails == 0
@@ -201,7 +201,7 @@ async def test_a_purge_that_was_made_without_the_server_is_told_later(tmp_path):
     async with three(tmp_path) as (one, other, _):
         await other.put("a")
         one.client.is_off = True
-        one.membership.log.change(lambda record: record.add([_purge(PurgeFilter())]))
+        one.membership.log.change(lambda record: record.add([purge_of(PurgeFilter())]))
         await one.settle()
         await other.settle()
         assert await other.texts("a") == {"a"}
@@ -218,7 +218,7 @@ async def test_purges_outlive_an_emptied_server(tmp_path):
         async with running(Node(tmp_path / "away", mine)) as node:
             await node.put("a")
         async with running(Node(tmp_path / "other", theirs)) as other:
-            await other.membership.exchange.add([_purge(PurgeFilter())])
+            await other.membership.exchange.add([purge_of(PurgeFilter())])
             await other.settle()
             await theirs.command("FLUSHALL")
             await other.settle()
@@ -233,7 +233,7 @@ async def test_a_purged_record_that_is_written_again_is_not_served(tmp_path):
         await one.put("a")
         records = await one.store.lookup([key_of("a", SPACE).address])
         stored = next(iter(records.values()))
-        await one.membership.exchange.add([_purge(PurgeFilter(), at=stored.stored + 1)])
+        await one.membership.exchange.add([purge_of(PurgeFilter(), at=stored.stored + 1)])
         await one.settle()
         # A late writer: the record is on disk again, with the time when it was bought.
         await one.store.put_many({key_of("a", SPACE).address: stored.record}, PARTITION)
@@ -246,7 +246,7 @@ async def test_a_purge_holds_although_the_log_cannot_be_written(tmp_path, monkey
     """A full disk keeps nothing from being purged; it is written, and deleted, when it has room."""
     async with three(tmp_path) as (one, _, __):
         await one.put("a")
-        await one.membership.exchange.add([_purge(PurgeFilter())])
+        await one.membership.exchange.add([purge_of(PurgeFilter())])
 
         def full(*_):
             raise OSError(28, "No space left on device")
@@ -267,7 +267,7 @@ async def test_an_interrupted_deletion_goes_on(tmp_path):
     async with clients(1) as (client,):
         async with running(Node(tmp_path / "n", client)) as node:
             await node.put("a")
-            node.membership.log.change(lambda record: record.add([_purge(PurgeFilter())]))
+            node.membership.log.change(lambda record: record.add([purge_of(PurgeFilter())]))
             assert await node.on_disk() == 1
         async with running(Node(tmp_path / "n", client)) as node:
             assert await node.texts("a") == set()
@@ -286,7 +286,7 @@ async def test_another_process_of_the_node_drops_its_memory(tmp_path):
         assert (keeper.membership.is_keeper, worker.membership.is_keeper) == (True, False)
         await worker.put("a")
         assert await worker.texts("a") == {"a"}
-        await keeper.membership.exchange.add([_purge(PurgeFilter())])
+        await keeper.membership.exchange.add([purge_of(PurgeFilter())])
         await keeper.membership.tick()
         assert await worker.texts("a") == set()
         await keeper.settle()
@@ -303,88 +303,6 @@ async def test_another_process_takes_over_when_the_keeper_ends(tmp_path):
             assert not worker.membership.is_keeper
         async with running(Node(tmp_path / "n", theirs)) as worker:
             assert worker.membership.is_keeper
-
-
-@needs_redis
-async def test_a_new_node_leaves_the_shared_tier_as_it_is(tmp_path, monkeypatch):
-    """The floor of a server that has forgotten purges is about a node's own disk alone."""
-    monkeypatch.setattr(purge_log, "MAX_PURGES", 10)
-    monkeypatch.setattr(purge_exchange, "MAX_PURGES", 10)
-    texts = {"a", "b", "c"}
-    async with clients(2) as (mine, theirs), running(Node(tmp_path / "old", mine)) as old:
-        await old.put(*texts)
-        await _purge_often(old, 12)
-        assert (await old.membership.exchange.read()).floor > 0
-        async with running(Node(tmp_path / "new", theirs)) as new:
-            assert await new.texts(*texts) == texts
-            await new.settle()
-            assert await new.in_redis() == 3
-            assert await new.texts(*texts) == texts
-            await new.tiers.flush_copies()
-            new.store.on_purge()
-            theirs.is_off = True
-            assert await new.texts(*texts) == texts
-
-
-@needs_redis
-async def test_an_interrupted_sweep_is_made_up_for(tmp_path, monkeypatch):
-    """A purge is kept until nothing of it is left; whoever comes next may sweep."""
-    monkeypatch.setattr(purge_log, "MAX_PURGES", 10)
-    monkeypatch.setattr(purge_exchange, "MAX_PURGES", 10)
-    interrupted = []
-
-    async def interrupt(*_):
-        interrupted.append(1)
-        raise sweep.Interrupted("server")
-
-    async with clients(2) as (mine, theirs), running(Node(tmp_path / "a", mine)) as one:
-        await one.put("secret")
-        with monkeypatch.context() as patch:
-            patch.setattr(sweep, "delete", interrupt)
-            await one.membership.exchange.add([_purge(PurgeFilter(namespace=""))])
-            await one.settle()
-            await _purge_often(one, 25)
-            assert len(interrupted) == 1
-            assert await one.in_redis() == 1
-            assert await one.texts("secret") == set()
-        async with running(Node(tmp_path / "b", theirs)) as other:
-            await other.settle()
-            assert await other.in_redis() == 0
-        one.membership._sweep_at = float("-inf")
-        await one.settle()
-        # All is swept by now.
-        assert not one.membership._unswept
-        await _purge_often(one, 12, "more")
-        shared = await one.membership.exchange.read()
-        assert len(shared.purges) <= 11
-        assert len(one.membership.log.read().purges) <= 11
-
-
-@needs_redis
-async def test_purges_outlive_a_server_that_comes_back_with_older_data(tmp_path):
-    """Its generation is the same; nodes that know more than it tell it."""
-    async with three(tmp_path) as (one, other, away):
-        await away.put("a", "b")
-        redis, key = one.client, one.client.key("purges")
-        await one.membership.exchange.add([_purge(PurgeFilter(namespace="x"), "p0")])
-        await one.settle()
-        snapshot = await redis.command("DUMP", key)
-        await one.membership.exchange.add([_purge(PurgeFilter(namespace=""))])
-        await one.settle()
-        await other.settle()
-        await redis.command("RESTORE", key, 0, snapshot, "REPLACE")
-        await other.settle()
-        await away.settle()
-        assert await away.texts("a", "b") == set()
-
-
-async def _purge_often(node, count, word="often"):
-    """Make purges that are about nothing, in the future, so each is later than all before."""
-    for number in range(count):
-        name = f"{word}-{number}"
-        purge = _purge(PurgeFilter(namespace=name), name, time.time() + 60 + number)
-        assert await node.membership.exchange.add([purge])
-        await node.settle()
 
 
 # Sums
@@ -542,7 +460,7 @@ async def test_all_of_it_works_with_a_cluster(tmp_path):
             limits = {"here": 5, "limit": 10, "amount": 5, "purchase": "x"}
             answer = await spending.reserve("ci", 0, **limits)
             assert answer.decision is Decision.RESERVED
-            await one.membership.exchange.add([_purge(PurgeFilter(namespace=""))])
+            await one.membership.exchange.add([purge_of(PurgeFilter(namespace=""))])
             for node in (one, other):
                 await node.settle()
                 assert await node.texts(*texts) == set()

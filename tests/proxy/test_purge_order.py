@@ -122,7 +122,7 @@ class Store:
         self.on_purge()
         return True
 
-    async def purge(self, choice, before):
+    async def purge(self, choice, before, _):
         rules = PurgeRules([LoggedPurge("", choice, before)])
         gone = [
             address
