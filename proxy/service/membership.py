@@ -80,7 +80,10 @@ class Membership:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives seconds: it is only for what is done now and then."""
+        """`clock` gives seconds: it is only for what is done now and then.
+
+        A node without an id heeds the purges of others, and takes no other part.
+        """
         self.node = node
         self._client = client
         self.registry = Registry(client, node, version("embedding-proxy"))
@@ -97,6 +100,8 @@ class Membership:
         self._clock = clock
         self._directory = store.folder.parent
         self._lock: WriterLock | None = None
+        self._is_locked_out = False
+        """Whether no process of this node can be the keeper, as in a folder that is read-only."""
         self._state: PurgeState | None = None
         self._known_at = self._sums_at = self._complete_at = float("-inf")
         self._sums_wait_s = SUMS_S
@@ -127,7 +132,7 @@ class Membership:
         with contextlib.suppress(TimeoutError):
             # A server that is slow for a moment must not hide what was purged.
             async with asyncio.timeout(START_S):
-                while self.is_keeper and self._state is None:
+                while (self.is_keeper or self._is_locked_out) and self._state is None:
                     await asyncio.sleep(START_S / 15)
                     await self._tick_safely()
         self._ticking = asyncio.create_task(self._tick_forever())
@@ -208,6 +213,8 @@ class Membership:
                 self.alive = max(1, len(names))
                 # The keeper says so.
                 self.conflict = "name" if names.count(self.node.name) > 1 else ""
+                if self._is_locked_out:
+                    await self._learn(nodes.now)
             return
         beat = await self.registry.beat()
         if beat is not None:
@@ -228,10 +235,21 @@ class Membership:
 
     def _take_over(self) -> bool:
         """Become the keeper unless another process is; return whether this is it now."""
+        if not self.node.id:
+            self._is_locked_out = True
+            return False
         try:
             lock = WriterLock(self._directory / KEEPER_LOCK, 0)
-        except OSError:
+        except OSError as error:
+            if not self._is_locked_out:
+                log.warning(
+                    "this node heeds the purges of others, and has no other part in what nodes"
+                    " share: %s",
+                    error,
+                )
+            self._is_locked_out = True
             return False
+        self._is_locked_out = False
         try:
             lock.__enter__()
         except TimeoutError:
@@ -276,7 +294,7 @@ class Membership:
         before = self._state or state
         # Emptied, or back with older data, from a snapshot or a replica.
         is_emptied = state.generation != before.generation or state.number < before.number
-        if is_emptied:
+        if is_emptied and self.is_keeper:
             await self._budgets.publish(is_complete=True)
         record = await asyncio.to_thread(self.log.peek)
         untold = is_emptied or not all(one.is_told for one in record.purges.values())
@@ -296,9 +314,11 @@ class Membership:
         ]
         if missing and not await self.exchange.add(missing):
             return
-        if await self._add(shared, missing, now):
-            self._unswept = [one for one in (*shared.purges, *missing) if not one.is_swept]
+        is_written = await self._add(shared, missing, now)
+        if is_written or self._is_locked_out:
             self._state, self._known_at = state, self._clock()
+        if is_written:
+            self._unswept = [one for one in (*shared.purges, *missing) if not one.is_swept]
             await self.exchange.compact(shared)
 
     async def _add(self, shared: SharedPurges, missing: Sequence[LoggedPurge], now: float) -> bool:

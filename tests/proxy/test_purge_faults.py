@@ -2,12 +2,19 @@
 
 import time
 
+import pytest
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.shared import purge_exchange, purge_log, sweep
+from embedding_proxy.cache.shared.address import parse
+from embedding_proxy.cache.shared.client import RedisClient, RedisOptions
+from embedding_proxy.cache.shared.tier import SharedTier
+from embedding_proxy.proxy.config.schema import Cache
+from embedding_proxy.proxy.service.storage import Storage
 
-from tests.proxy.test_membership import Node, purge_of, running, three
-from tests.redis_server import needs_redis
-from tests.shared_server import clients
+from tests.cache.fakes import key_of
+from tests.proxy.test_membership import SPACE, Node, purge_of, running, three
+from tests.redis_server import needs_redis, redis_server
+from tests.shared_server import SwitchedClient, clients
 
 pytestmark = needs_redis
 
@@ -103,6 +110,30 @@ async def test_a_node_that_stops_leaves_the_rest_of_a_purge(tmp_path, monkeypatc
         async with running(Node(tmp_path / "n", client)) as node:
             await node.settle()
             assert await node.in_redis() == 0
+
+
+@pytest.mark.parametrize("path", ["node.lock", "node-id"])
+async def test_a_node_that_cannot_take_part_heeds_purges(tmp_path, path, caplog):
+    """As in a folder that is read-only: what other nodes purge is not served, and it says so."""
+    with redis_server() as server:
+        async with SwitchedClient(server.port) as client:
+            async with running(Node(tmp_path / "n", client)) as node:
+                await node.put("a", "b")
+            for name in (path, "purge-log.lock"):
+                (tmp_path / "n" / name).unlink(missing_ok=True)
+                (tmp_path / "n" / name).mkdir()
+            early = purge_of(PurgeFilter(address=key_of("a", SPACE).address), "early")
+            assert await node.membership.exchange.add([early])
+            url = parse(f"redis://127.0.0.1:{server.port}")
+            shared = SharedTier(RedisClient(RedisOptions(url, limit_s=20.0)))
+            async with Storage(Cache(directory=tmp_path / "n"), 1, shared, "n") as storage:
+                node.tiers, node.membership = storage.tiers, storage.membership
+                assert await node.texts("a", "b") == {"b"}
+                assert not storage.membership.is_keeper
+                await node.membership.exchange.add([purge_of(PurgeFilter(namespace=""), "late")])
+                await storage.membership.tick()
+                assert await node.texts("a", "b") == set()
+    assert caplog.text.count("this node heeds the purges of others") == 1
 
 
 def _stopping(node, work):
