@@ -93,8 +93,10 @@ class Tiers:
         self.heed_purges = store.heed_purges
         """See `Store.heed_purges`."""
         self.is_purged: Callable[[Partition, bytes, float], bool] | None = None
-        """Tells whether an entry that was stored at a time was purged on another node, and is not
+        """Tells whether an entry on disk, stored at a time, was purged on another node, and is not
         deleted here yet; None where there are no other nodes."""
+        self.is_purged_shared: Callable[[Partition, bytes, float], bool] | None = None
+        """The same of an entry of the shared tier."""
         self.counters = TierCounters()
         self._told: set[tuple[int, int]] = set()
 
@@ -195,7 +197,7 @@ class Tiers:
         """
         not_before = time.time() - terms.max_age
         is_kept = terms.write and self._is_purge_epoch(epoch)
-        addresses, is_purged = lookup.keys.addresses, self.is_purged
+        addresses, is_purged = lookup.keys.addresses, self.is_purged_shared
         missing: list[int] = []
         for number, (index, one) in enumerate(zip(lookup.missing, found, strict=True)):
             if number % LOT == LOT - 1:

@@ -377,20 +377,29 @@ class Store:
             self._forget()
         return target is not None
 
-    async def purge(self, choice: purge.PurgeFilter, before: float) -> int | None:
+    async def purge(
+        self, choice: purge.PurgeFilter, before: float, is_stopped: Callable[[], bool]
+    ) -> int | None:
         """Delete the chosen entries that were stored before a time; return how many.
 
-        The time is in seconds since 1970. None = not all could be deleted now. Never raises.
+        The time is in seconds since 1970. `is_stopped` is asked before each transaction. None = not
+        all could be deleted now, also while a damaged file is salvaged. Never raises.
         """
-        await self._salvager.finished()
         target = self._disk.file
         if target is None or not self._writer.ready:
             return None
         deleted = 0
         try:
+            if self._disk.damaged:
+                await self._disk.close_saved()
+            if self._disk.damaged:
+                return None
             for one in (choice, *purge.spillover(choice)):
                 steps = purge.delete(target, one, before=before)
-                while (count := await self._disk.write(partial(next, steps, None))) is not None:
+                while not is_stopped():
+                    count = await self._disk.write(partial(next, steps, None))
+                    if count is None:
+                        break
                     deleted += count
             if deleted:
                 await self._disk.write(partial(purge.announce, target, deleted))
@@ -398,7 +407,7 @@ class Store:
             log.warning("deleting what was purged on another node failed: %s", error)
             return None
         self.heed_purges()
-        return deleted
+        return None if is_stopped() else deleted
 
     async def _expire(self, before: float) -> None:
         """Delete expired records, unless another process does it now."""

@@ -139,10 +139,9 @@ class Nodes(NamedTuple):
     now: float
     nodes: list[NodeState]
 
-    @property
-    def max_ahead_s(self) -> float:
-        """By how much the clock of a node may be ahead of the server's; at least 0."""
-        return max((node.ahead_s for node in self.nodes), default=0.0)
+    def ahead_s(self, node: NodeState) -> float:
+        """Return how far ahead of the server's time what a node has stored may be dated."""
+        return node.ahead_s - (self.now - node.seen if node.is_stopped else 0.0)
 
 
 def read_node_id(directory: Path) -> str:

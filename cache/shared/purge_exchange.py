@@ -1,12 +1,13 @@
 """Purges in the shared Redis: what nodes tell one another of them, and which have made them.
 
-One hash holds all purges by id, a number that grows with each, and the generation of the server's
-memory. Beside it, each purge has a
-hash of the nodes that have deleted what it is about.
+One hash holds all purges by id, which of them the shared tier holds nothing of any more, a number
+that grows with each, and the generation of the server's memory. Beside it, each purge has a hash of
+the nodes that have deleted what it is about.
 """
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import orjson
@@ -26,6 +27,7 @@ local added = 0
 for i = 1, #ARGV - 1, 2 do
   if redis.call('HSETNX', KEYS[1], 'p:' .. ARGV[i], ARGV[i + 1]) == 1 then
     redis.call('HINCRBY', KEYS[1], 'number', 1)
+    redis.call('HSET', KEYS[1], 'last', ARGV[i])
     added = added + 1
   end
 end
@@ -33,13 +35,21 @@ return added
 """)
 _POLL = Script("""
 redis.call('HSETNX', KEYS[1], 'generation', ARGV[1])
-local found = redis.call('HMGET', KEYS[1], 'generation', 'number')
-return {found[1], found[2] or '0'}
+local found = redis.call('HMGET', KEYS[1], 'generation', 'number', 'last')
+return {found[1], found[2] or '0', found[3] or ''}
+""")
+_MARK_SWEPT = Script("""
+for i = 1, #ARGV do
+  if redis.call('HEXISTS', KEYS[1], 'p:' .. ARGV[i]) == 1 then
+    redis.call('HSET', KEYS[1], 's:' .. ARGV[i], 1)
+  end
+end
+return 1
 """)
 _FORGET = Script("""
 local floor = tonumber(redis.call('HGET', KEYS[1], 'floor') or '0')
-redis.call('HSET', KEYS[1], 'floor', string.format('%.6f', math.max(floor, tonumber(ARGV[1]))))
-for i = 2, #ARGV do redis.call('HDEL', KEYS[1], 'p:' .. ARGV[i]) end
+redis.call('HSET', KEYS[1], 'floor', string.format('%.17g', math.max(floor, tonumber(ARGV[1]))))
+for i = 2, #ARGV do redis.call('HDEL', KEYS[1], 'p:' .. ARGV[i], 's:' .. ARGV[i]) end
 return 1
 """)
 
@@ -50,7 +60,9 @@ class PurgeState(NamedTuple):
     generation: str
     """Another one after the server has lost its memory."""
     number: int
-    """Grows with each purge."""
+    """Grows with each purge; less than before after the server came back with older data."""
+    last: str = ""
+    """The id of the purge that was added last."""
 
 
 class SharedPurges(NamedTuple):
@@ -80,7 +92,11 @@ class PurgeExchange:
     async def poll(self) -> PurgeState | None:
         """Return whether there may be something new."""
         reply = await _POLL.run(self._client, [self._key], [secrets.token_hex(8)])
-        return None if reply is None else PurgeState(reply[0].decode(), int(reply[1]))
+        return (
+            None
+            if reply is None
+            else PurgeState(reply[0].decode(), int(reply[1]), reply[2].decode())
+        )
 
     async def read(self) -> SharedPurges | None:
         """Return all purges, the earliest first. What is damaged is left out."""
@@ -96,7 +112,8 @@ class PurgeExchange:
             except ValueError:
                 continue
             if field == b"p:" + purge.id.encode():
-                purges.append(purge)
+                is_swept = b"s:" + purge.id.encode() in fields
+                purges.append(replace(purge, is_swept=is_swept))
         purges.sort(key=lambda one: one.at)
         return SharedPurges(floor, purges)
 
@@ -112,12 +129,30 @@ class PurgeExchange:
         return True
 
     async def compact(self, shared: SharedPurges) -> None:
-        """Drop the earliest if there are more than MAX_PURGES."""
+        """Drop the earliest if there are more than MAX_PURGES, of those that are swept."""
         if len(shared.purges) <= MAX_PURGES:
             return
-        dropped = shared.purges[: len(shared.purges) - MAX_PURGES * 9 // 10]
-        arguments = [f"{dropped[-1].at:.6f}", *(one.id for one in dropped)]
-        await _FORGET.run(self._client, [self._key], arguments, _READ_S)
+        early = shared.purges[: len(shared.purges) - MAX_PURGES * 9 // 10]
+        dropped = [one for one in early if one.is_swept]
+        for start in range(0, len(dropped), _PURGES_A_STEP):
+            lot = dropped[start : start + _PURGES_A_STEP]
+            arguments = [repr(lot[-1].at), *(one.id for one in lot)]
+            await _FORGET.run(self._client, [self._key], arguments, _READ_S)
+
+    async def mark_swept(self, purges: Iterable[LoggedPurge]) -> bool:
+        """Tell that the shared tier holds nothing of some purges; return whether that is told."""
+        ids = [one.id for one in purges]
+        return await _MARK_SWEPT.run(self._client, [self._key], ids, _READ_S) is not None
+
+    async def swept(self, purges: Sequence[LoggedPurge]) -> set[str] | None:
+        """Return the ids of those of which that was told, or that were dropped."""
+        fields = [f"{kind}:{one.id}" for one in purges for kind in "ps"]
+        command = Command(self._key, ["HMGET", self._key, *fields])
+        reply = await ask(self._client, command, _READ_S)
+        if reply is None:
+            return None
+        states = zip(purges, reply[::2], reply[1::2], strict=True)
+        return {one.id for one, purge, swept in states if purge is None or swept is not None}
 
     async def acknowledge(self, purge: str, receipt: NodeReceipt) -> bool:
         """Tell that a node has made a purge; return whether that is told."""

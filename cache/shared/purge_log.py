@@ -7,13 +7,14 @@ holds on a node as soon as the node knows of it; the deletion of what is on disk
 The file holds each purge with whether this node has deleted its entries, so an interrupted deletion
 goes on, and until when this node knows of all purges. Every node keeps all of them: a server that
 was emptied gets them from the nodes. The oldest ones beyond MAX_PURGES are forgotten; a node that
-was away for longer than that drops all that it stored before.
+was away for longer than that drops all that it stored before, up to a floor. The floor is about its
+own disk alone: the shared tier holds nothing of what was forgotten.
 """
 
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from embedding_proxy.providers.base import current_label
 log = logging.getLogger("embedding_proxy.shared")
 
 FILE_NAME = "purge-log.json"
+_FLOOR = "floor-"
 LOCK_NAME = "purge-log.lock"
 """Beside the folder: whoever holds it changes the file."""
 MAX_PURGES = 10_000
@@ -46,6 +48,8 @@ class LoggedPurge:
     """Whether this node has deleted what it is about."""
     is_told: bool = False
     """Whether the other nodes can know of it."""
+    is_swept: bool = False
+    """Whether the shared tier holds nothing of it any more."""
 
     @property
     def before(self) -> float | None:
@@ -54,6 +58,11 @@ class LoggedPurge:
             return None
         stored_before = self.choice.stored_before
         return self.at if stored_before is None else min(self.at, stored_before)
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether it is about the disk of this node alone; see `floor_purge`."""
+        return self.id.startswith(_FLOOR)
 
     def encode(self) -> bytes:
         """Return it as JSON, without what holds for this node alone."""
@@ -67,6 +76,14 @@ class LoggedPurge:
         }
         given = {name: value for name, value in fields.items() if value is not None}
         return orjson.dumps({"id": self.id, "at": self.at, **given})
+
+
+def floor_purge(floor: float) -> LoggedPurge:
+    """Return the purge of all that this node stored before a time, in seconds since 1970.
+
+    Purges up to then are forgotten, and this node may not have made all of them.
+    """
+    return LoggedPurge(f"{_FLOOR}{floor}", PurgeFilter(), floor, is_told=True)
 
 
 def time_of_purge(now: float) -> float:
@@ -96,6 +113,7 @@ def decode(content: bytes) -> LoggedPurge:
             at,
             is_done=bool(fields.get("is_done")),
             is_told=bool(fields.get("is_told")),
+            is_swept=bool(fields.get("is_swept")),
         )
     except (AttributeError, KeyError, TypeError, orjson.JSONDecodeError) as error:
         raise ValueError(f"no purge: {error}") from error
@@ -123,31 +141,42 @@ class PurgeRecord:
     """By id, the earliest first."""
 
     def add(self, purges: Iterable[LoggedPurge]) -> list[LoggedPurge]:
-        """Add those that are new, and return them; one that is known may learn that it is told."""
+        """Add those that are new, and return them; the others learn how far they are."""
         new = []
         for one in purges:
             known = self.purges.get(one.id)
             if known is None:
                 new.append(one)
                 self.purges[one.id] = one
-            elif one.is_told and not known.is_told:
-                self.purges[one.id] = replace(known, is_told=True)
+            else:
+                is_told = one.is_told or known.is_told
+                self.purges[one.id] = replace(known, is_told=is_told, is_swept=one.is_swept)
         return new
 
     def mark_done(self, purge: str) -> None:
-        """Note that this node has deleted what a purge is about."""
-        if purge in self.purges:
-            self.purges[purge] = replace(self.purges[purge], is_done=True)
+        """Note that this node has deleted what a purge is about; a floor is forgotten then."""
+        known = self.purges.get(purge)
+        if known is not None and known.is_floor:
+            del self.purges[purge]
+        elif known is not None:
+            self.purges[purge] = replace(known, is_done=True)
+
+    def mark_swept(self, purges: Collection[str]) -> None:
+        """Note what the server has forgotten: all that was told but these."""
+        for one in self.purges.values():
+            if one.is_told and one.id not in purges:
+                self.purges[one.id] = replace(one, is_swept=True)
 
     def compact(self) -> None:
-        """Forget the earliest beyond MAX_PURGES, of those that all nodes know."""
+        """Forget the earliest beyond MAX_PURGES, of those that all know, and nothing is left of."""
         for one in list(self.purges.values()):
-            if one.is_done and one.is_told and len(self.purges) > MAX_PURGES:
+            is_over = one.is_done and one.is_told and one.is_swept
+            if is_over and len(self.purges) > MAX_PURGES:
                 del self.purges[one.id]
 
 
 class PurgeRules:
-    """Which records are purged. For one thread."""
+    """Which records are purged, wherever they lie: no floor is among them. For one thread."""
 
     def __init__(self, purges: Iterable[LoggedPurge] = ()) -> None:
         self._addresses: dict[bytes, float] = {}
@@ -156,7 +185,7 @@ class PurgeRules:
         self._before: dict[Partition, float] = {}
         for one in purges:
             before, choice = one.before, one.choice
-            if before is None:
+            if before is None or one.is_floor:
                 continue
             if choice.address is not None:
                 known = self._addresses.get(choice.address, before)
@@ -199,13 +228,22 @@ class PurgeLog:
         self._seen: tuple[int, int] | None = None
         self._latest: tuple[tuple[int, int] | None, PurgeRecord] = (None, PurgeRecord())
         self._held: tuple[LoggedPurge, ...] = ()
-        self.rules = PurgeRules()
+        self._set_rules(())
+
+    def _set_rules(self, purges: Iterable[LoggedPurge]) -> None:
+        all_purges = [*purges, *self._held]
+        self.rules = PurgeRules(all_purges)
+        self._floor = max((one.at for one in all_purges if one.is_floor), default=-math.inf)
+
+    def is_purged(self, partition: Partition, address: bytes, stored: float) -> bool:
+        """Tell whether an entry on disk is purged; of one in the shared tier, ask `rules`."""
+        return stored < self._floor or self.rules.is_purged(partition, address, stored)
 
     def hold(self, purges: Iterable[LoggedPurge]) -> None:
         """Let purges hold in this process that cannot be written, in place of the former ones."""
         self._held = tuple(purges)
         if self._held:
-            self.rules = PurgeRules([*self.peek().purges.values(), *self._held])
+            self._set_rules(self.peek().purges.values())
 
     def read(self) -> PurgeRecord:
         """Return what the file holds; of one that is damaged, nothing. Raises OSError."""
@@ -255,6 +293,7 @@ class PurgeLog:
                     **orjson.loads(one.encode()),
                     "is_done": one.is_done,
                     "is_told": one.is_told,
+                    "is_swept": one.is_swept,
                 }
                 for one in record.purges.values()
             ]
@@ -273,7 +312,7 @@ class PurgeLog:
             seen = self._stamp()
             if seen is None or seen == self._seen:
                 return False
-            self.rules = PurgeRules([*self.read().purges.values(), *self._held])
+            self._set_rules(self.read().purges.values())
         except OSError as error:
             log.warning("%s cannot be read: %s", self.path, error)
             return False

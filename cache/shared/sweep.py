@@ -4,7 +4,7 @@ A scan is a loop of SCAN, which Redis answers in short steps; its cursor is a nu
 restarts of the reader. Every key that is there from the beginning to the end is found, some twice.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -74,21 +74,38 @@ async def claim(client: RedisClient, purge: LoggedPurge, node: str) -> bool:
     return await ask(client, Command(key, words), LIMIT_S) is not None
 
 
-async def delete(client: RedisClient, purge: LoggedPurge) -> int:
-    """Delete the records that a purge is about; return how many.
+async def release(client: RedisClient, purges: Iterable[LoggedPurge]) -> None:
+    """Give back what was claimed: whoever finds that it is not deleted may do it."""
+    keys = [client.key("sweep", one.id.encode()) for one in purges]
+    await client.exchange([Command(key, ("DEL", key)) for key in keys], LIMIT_S)
+
+
+async def delete(
+    client: RedisClient,
+    purges: Iterable[LoggedPurge],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Delete the records that purges are about, in one scan; return how many.
 
     A record that was replaced meanwhile stays. When an entry was used last is not known here, so a
-    purge by that deletes nothing. Raises Interrupted.
+    purge by that deletes nothing. `is_stopped` is asked before each step. Raises Interrupted.
     """
-    if purge.before is None:
-        return 0
-    address = purge.choice.address
-    if address is not None:
-        return await _delete_chosen(client, [client.key(KIND, address)], _rules_at(purge))
-    deleted = 0
-    async for step in scan(client):
-        if step.keys:
-            deleted += await _delete_chosen(client, step.keys, PurgeRules([purge]))
+    deleted, others = 0, []
+    for one in purges:
+        if one.choice.address is None:
+            others.append(one)
+        elif one.before is not None:
+            if is_stopped():
+                raise Interrupted(client.name)
+            keys = [client.key(KIND, one.choice.address)]
+            deleted += await _delete_chosen(client, keys, _rules_at(one))
+    rules = PurgeRules(others)
+    if rules:
+        async for step in scan(client):
+            if is_stopped():
+                raise Interrupted(client.name)
+            if step.keys:
+                deleted += await _delete_chosen(client, step.keys, rules)
     return deleted
 
 

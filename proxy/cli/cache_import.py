@@ -363,7 +363,7 @@ def _renewed(settings: Settings, rows: Iterator[Row]) -> Iterator[Row]:
     log.refresh()
     for row in rows:
         partition = row.partition or UNKNOWN
-        is_purged = log.rules.is_purged(partition, row.address, row.stored)
+        is_purged = log.is_purged(partition, row.address, row.stored)
         yield row._replace(stored=time.time()) if is_purged else row
 
 

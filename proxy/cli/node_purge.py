@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import typer
 from embedding_proxy.cache.disk.connection import folder_of
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.purge import PurgeFilter
@@ -20,6 +21,7 @@ from embedding_proxy.cache.shared import sweep
 from embedding_proxy.cache.shared.client import RedisClient
 from embedding_proxy.cache.shared.node_registry import (
     NodeName,
+    Nodes,
     NodeState,
     Registry,
 )
@@ -33,6 +35,8 @@ from .nodes import node_of, run_with_client
 
 T = TypeVar("T")
 
+MAX_AHEAD_S = 5.0
+"""A purge is dated ahead by this at most: what is bought until then counts as purged, too."""
 POLL_S = 0.2
 _LOCK_S = 30.0
 
@@ -68,13 +72,27 @@ class NodePurge:
     def begin(self) -> None:
         """Log the purge, and tell it, before anything is deleted."""
         nodes = self._run(lambda client: self._registry(client).read(has_sums=False))
-        now = time.time() if nodes is None else max(nodes.now + nodes.max_ahead_s, time.time())
+        now = time.time() if nodes is None else self._latest(nodes)
         self._purge = purge = LoggedPurge(secrets.token_hex(8), self._choice, time_of_purge(now))
         self._log.change(lambda record: record.add([purge]))
         self.is_told = self._run(lambda client: PurgeExchange(client).add([purge]))
         if self.is_told:
             confirmed = replace(purge, is_told=True)
             self._log.change(lambda record: record.add([confirmed]))
+
+    @staticmethod
+    def _latest(nodes: Nodes) -> float:
+        """Return the latest time that nodes may have stored something with; say whose is wrong."""
+        ahead = [(nodes.ahead_s(node), node.name) for node in nodes.nodes]
+        ahead.append((time.time() - nodes.now, "this machine"))
+        for seconds, name in ahead:
+            if seconds > MAX_AHEAD_S:
+                typer.echo(
+                    f"the clock of {name} is {seconds:,.0f} s ahead of that of Redis: what was"
+                    " stored by it lately may stay; set it right, and purge again after that time",
+                    err=True,
+                )
+        return nodes.now + min(max(0.0, max(ahead)[0]), MAX_AHEAD_S)
 
     @contextmanager
     def applying(self) -> Iterator[None]:
@@ -127,11 +145,17 @@ class NodePurge:
 
     async def _sweep(self, client: RedisClient, purge: LoggedPurge) -> int | None:
         # The proxies leave it to this command; it is killed for a while only.
-        await sweep.claim(client, purge, self._node.id)
+        is_claimed = await sweep.claim(client, purge, self._node.id)
         try:
-            return await sweep.delete(client, purge)
+            deleted = await sweep.delete(client, [purge])
         except sweep.Interrupted:
+            # The proxies do it.
             return None
+        finally:
+            if is_claimed:
+                await sweep.release(client, [purge])
+        await PurgeExchange(client).mark_swept([purge])
+        return deleted
 
     async def _wait(
         self, client: RedisClient, purge: str, receipt: NodeReceipt, wait_s: float

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Self
 
 from embedding_proxy.cache.disk.lock import WriterLock
-from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import COLUMNS, MAX_LEDGER_KEYS, By, Line
@@ -42,6 +41,7 @@ from embedding_proxy.cache.shared.purge_log import (
     LoggedPurge,
     PurgeLog,
     PurgeRecord,
+    floor_purge,
 )
 from embedding_proxy.index.outbox import FAILURES, purge_points
 
@@ -59,6 +59,9 @@ COMPLETE_S = 600.0
 """Seconds between two times that all that clients were billed is told: Redis may evict it."""
 KNOWN_S = 600.0
 """How often the purge log notes that this node knows all purges."""
+SWEEP_S = 60.0
+"""After how long a deletion in the shared tier that was interrupted is tried again."""
+_SWEPT_TOGETHER = 500
 START_S = 1.5
 """How long a start waits for the server, to learn what was purged."""
 MAX_AHEAD_S = 1.0
@@ -77,7 +80,10 @@ class Membership:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives seconds: it is only for what is done now and then."""
+        """`clock` gives seconds: it is only for what is done now and then.
+
+        A node without an id heeds the purges of others, and takes no other part.
+        """
         self.node = node
         self._client = client
         self.registry = Registry(client, node, version("embedding-proxy"))
@@ -94,6 +100,8 @@ class Membership:
         self._clock = clock
         self._directory = store.folder.parent
         self._lock: WriterLock | None = None
+        self._is_locked_out = False
+        """Whether no process of this node can be the keeper, as in a folder that is read-only."""
         self._state: PurgeState | None = None
         self._known_at = self._sums_at = self._complete_at = float("-inf")
         self._sums_wait_s = SUMS_S
@@ -105,6 +113,7 @@ class Membership:
         """Purges that this node has not made yet."""
         self._unswept: list[LoggedPurge] = []
         """Purges that the shared tier may still hold records of."""
+        self._sweep_at = float("-inf")
         self._applying: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
@@ -123,7 +132,7 @@ class Membership:
         with contextlib.suppress(TimeoutError):
             # A server that is slow for a moment must not hide what was purged.
             async with asyncio.timeout(START_S):
-                while self.is_keeper and self._state is None:
+                while (self.is_keeper or self._is_locked_out) and self._state is None:
                     await asyncio.sleep(START_S / 15)
                     await self._tick_safely()
         self._ticking = asyncio.create_task(self._tick_forever())
@@ -153,7 +162,11 @@ class Membership:
         return self._lock is not None
 
     def is_purged(self, partition: Partition, address: bytes, stored: float) -> bool:
-        """Tell whether an entry that was stored at a time is purged; see `PurgeRules`."""
+        """Tell whether an entry on disk that was stored at a time is purged; see `PurgeLog`."""
+        return self.log.is_purged(partition, address, stored)
+
+    def is_purged_shared(self, partition: Partition, address: bytes, stored: float) -> bool:
+        """Tell the same of an entry of the shared tier."""
         return self.log.rules.is_purged(partition, address, stored)
 
     def allowance(self, name: str, limits: Mapping[str, float]) -> Allowance:
@@ -200,6 +213,8 @@ class Membership:
                 self.alive = max(1, len(names))
                 # The keeper says so.
                 self.conflict = "name" if names.count(self.node.name) > 1 else ""
+                if self._is_locked_out:
+                    await self._learn(nodes.now)
             return
         beat = await self.registry.beat()
         if beat is not None:
@@ -220,10 +235,21 @@ class Membership:
 
     def _take_over(self) -> bool:
         """Become the keeper unless another process is; return whether this is it now."""
+        if not self.node.id:
+            self._is_locked_out = True
+            return False
         try:
             lock = WriterLock(self._directory / KEEPER_LOCK, 0)
-        except OSError:
+        except OSError as error:
+            if not self._is_locked_out:
+                log.warning(
+                    "this node heeds the purges of others, and has no other part in what nodes"
+                    " share: %s",
+                    error,
+                )
+            self._is_locked_out = True
             return False
+        self._is_locked_out = False
         try:
             lock.__enter__()
         except TimeoutError:
@@ -265,12 +291,13 @@ class Membership:
         state = await self.exchange.poll()
         if state is None:
             return
-        is_first = self._state is None
-        is_emptied = not is_first and state.generation != (self._state or state).generation
-        if is_emptied:
+        before = self._state or state
+        # Emptied, or back with older data, from a snapshot or a replica.
+        is_emptied = state.generation != before.generation or state.number < before.number
+        if is_emptied and self.is_keeper:
             await self._budgets.publish(is_complete=True)
         record = await asyncio.to_thread(self.log.peek)
-        untold = [one for one in record.purges.values() if not one.is_told or is_emptied]
+        untold = is_emptied or not all(one.is_told for one in record.purges.values())
         is_known = state == self._state and not untold
         if is_known and self._clock() < self._known_at + KNOWN_S:
             self._pending = [one for one in record.purges.values() if not one.is_done]
@@ -279,18 +306,19 @@ class Membership:
         if shared is None:
             return
         present = {one.id for one in shared.purges}
-        is_again = is_first or is_emptied
         missing = [
-            one
+            replace(one, is_swept=False)
             for one in record.purges.values()
             # Of those that all knew, what everybody may forget is not brought back.
-            if one.id not in present and (not one.is_told or (is_again and one.at > shared.floor))
+            if not (one.id in present or one.is_floor or (one.is_told and one.at <= shared.floor))
         ]
         if missing and not await self.exchange.add(missing):
             return
-        if await self._add(shared, missing, now):
-            self._unswept += [one for one in missing if not one.is_told]
+        is_written = await self._add(shared, missing, now)
+        if is_written or self._is_locked_out:
             self._state, self._known_at = state, self._clock()
+        if is_written:
+            self._unswept = [one for one in (*shared.purges, *missing) if not one.is_swept]
             await self.exchange.compact(shared)
 
     async def _add(self, shared: SharedPurges, missing: Sequence[LoggedPurge], now: float) -> bool:
@@ -300,9 +328,9 @@ class Membership:
 
         def change(record: PurgeRecord) -> None:
             if shared.floor > record.known_until:
-                floor = LoggedPurge(f"floor-{shared.floor}", PurgeFilter(), shared.floor)
-                news.append(replace(floor, is_told=True))
+                news.append(floor_purge(shared.floor))
             new.extend(record.add(news))
+            record.mark_swept({one.id for one in news})
             record.known_until = max(record.known_until, now)
 
         try:
@@ -344,7 +372,7 @@ class Membership:
                     return
                 if not await self._purge_outbox(one):
                     return
-                deleted = await self._store.purge(one.choice, one.at)
+                deleted = await self._store.purge(one.choice, one.at, self._stop.is_set)
                 if deleted is None:
                     return
                 try:
@@ -353,9 +381,12 @@ class Membership:
                     log.warning("the purge log cannot be written: %s", error)
                     return
                 self._pending = [other for other in self._pending if other.id != one.id]
+                if one.is_floor:
+                    # From here on the disk may have older entries: those of the shared tier.
+                    await self._store.announce_purge()
+                    continue
                 receipt = NodeReceipt(self.node.id, self.node.name, deleted)
                 self._receipts.append((one.id, receipt))
-                self._unswept.append(one)
         await self._tell_receipts()
         await self._sweep_all()
 
@@ -382,16 +413,33 @@ class Membership:
         return True
 
     async def _sweep_all(self) -> None:
-        """Delete in the shared tier what was purged, unless another node does."""
-        while self._unswept and not self._stop.is_set():
-            one = self._unswept.pop(0)
-            if not await sweep.claim(self._client, one, self.node.id):
-                continue
-            try:
-                deleted = await sweep.delete(self._client, one)
-            except sweep.Interrupted as error:
-                log.warning("deleting what was purged in the shared tier: no answer of %s", error)
+        """Delete in the shared tier what was purged, unless another node does.
+
+        A purge is left only when the server knows that it is done; until then its rule is kept.
+        """
+        while self._unswept and not self._stop.is_set() and self._clock() >= self._sweep_at:
+            lot = self._unswept[:_SWEPT_TOGETHER]
+            swept = await self.exchange.swept(lot)
+            if swept is None:
                 return
+            self._unswept = [one for one in self._unswept if one.id not in swept]
+            if swept:
+                continue
+            claimed = [one for one in lot if await sweep.claim(self._client, one, self.node.id)]
+            if not claimed:
+                return
+            try:
+                deleted = await sweep.delete(self._client, claimed, self._stop.is_set)
+                await self.exchange.mark_swept(claimed)
+            except sweep.Interrupted as error:
+                self._sweep_at = self._clock() + SWEEP_S
+                if not self._stop.is_set():
+                    log.warning(
+                        "deleting what was purged in the shared tier: no answer of %s", error
+                    )
+                return
+            finally:
+                await sweep.release(self._client, claimed)
             if deleted:
                 log.info("%d purged records were deleted in the shared tier", deleted)
 

@@ -111,12 +111,18 @@ class Storage:
         try:
             identity = await asyncio.to_thread(read_node_id, self.cache.directory)
         except OSError as error:
-            log.warning("this node has no part in what nodes share: %s", error)
-            return
+            log.warning(
+                "this node heeds the purges of others, and has no other part in what nodes"
+                " share: %s",
+                error,
+            )
+            identity = ""
         node = NodeName(identity, self.node)
         self.membership = membership = Membership(redis, self.store, self.budgets, node)
-        self.budgets.share(SharedSpending(redis, identity), lambda: membership.alive)
+        if identity:
+            self.budgets.share(SharedSpending(redis, identity), lambda: membership.alive)
         self.tiers.is_purged = membership.is_purged
+        self.tiers.is_purged_shared = membership.is_purged_shared
         await self._stack.enter_async_context(membership)
         self._stack.push_async_callback(self.budgets.aclose)
 

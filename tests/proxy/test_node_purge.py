@@ -136,6 +136,25 @@ def test_without_the_server_it_is_told_later(purge, tmp_path, server):
     assert _texts(tmp_path / "away", server, "a") == (set(), 0)
 
 
+def test_a_clock_that_is_wrong_does_not_purge_what_is_bought_later(purge, tmp_path, server):
+    """The purge is dated ahead by some seconds at most, and says which clock is wrong."""
+    _fill(tmp_path / "here", server, "a")
+
+    async def beat():
+        node = Node(tmp_path / "away", SwitchedClient(server.port))
+        async with node.client, running(node):
+            node.membership.registry._clock = lambda: time.time() + 3600
+            await node.settle()
+            await node.settle()
+
+    asyncio.run(beat())
+    done = purge("--all", "--wait", "0")
+    assert done.code == 0
+    assert "the clock of away is 3," in done.err
+    (logged,) = PurgeLog(tmp_path / "here" / "v1").read().purges.values()
+    assert logged.at < time.time() + 10
+
+
 def test_a_dry_run_tells_nobody(purge, tmp_path, server):
     """It counts here, and changes nothing anywhere."""
     _fill(tmp_path / "here", server, "a")

@@ -7,6 +7,7 @@ written to the shared tier late. Everything but the disk, the memory and the ser
 import asyncio
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,8 @@ class Exchange:
         return PurgeState(str(server.generation), server.number) if server.is_on else None
 
     async def read(self):
-        purges = sorted(self._server.purges.values(), key=lambda one: one.at)
+        swept = [replace(one, is_swept=True) for one in self._server.purges.values()]
+        purges = sorted(swept, key=lambda one: one.at)
         return SharedPurges(self._server.floor, purges) if self._server.is_on else None
 
     async def add(self, purges):
@@ -82,6 +84,9 @@ class Exchange:
             for one in shared.purges[: len(shared.purges) - purge_log.MAX_PURGES]:
                 del self._server.purges[one.id]
                 self._server.floor = max(self._server.floor, one.at)
+
+    async def swept(self, purges):
+        return {one.id for one in purges} if self._server.is_on else None
 
     async def acknowledge(self, purge, receipt):
         return self._server.is_on
@@ -117,7 +122,7 @@ class Store:
         self.on_purge()
         return True
 
-    async def purge(self, choice, before):
+    async def purge(self, choice, before, _):
         rules = PurgeRules([LoggedPurge("", choice, before)])
         gone = [
             address
@@ -187,7 +192,12 @@ class Node:
             known = records.get(address)
             if known is None or known[0] != partition:
                 continue
-            if self.membership.is_purged(partition, address, known[1]):
+            is_purged = (
+                self.membership.is_purged
+                if records is self.store.records
+                else self.membership.is_purged_shared
+            )
+            if is_purged(partition, address, known[1]):
                 continue
             self.store.records.setdefault(address, known)
             self.store.memory[address] = known
