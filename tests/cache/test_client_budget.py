@@ -28,6 +28,11 @@ class Node:
         self.inside = asyncio.Event()
         """Whether a purchase was begun."""
 
+    def charge(self, cost):
+        """Count a charge in the ledger."""
+        usage = Usage(misses=1, nanodollars_billed=cost)
+        self.store.count(LedgerKey(PARTITION, "m", "p", "ci"), usage)
+
     async def buy(self, cost, *, amount=None, held=None):
         """Buy for the client, if the budget lets it; return whether it did."""
         try:
@@ -35,8 +40,7 @@ class Node:
                 self.inside.set()
                 if held is not None:
                     await held.wait()
-                usage = Usage(misses=1, nanodollars_billed=cost)
-                self.store.count(LedgerKey(PARTITION, "m", "p", "ci"), usage)
+                self.charge(cost)
                 note(Bill("p", [0], [1], [cost]))
         except BudgetExceeded:
             return False
@@ -200,3 +204,64 @@ async def test_a_purchase_asks_again_until_there_is_room(tmp_path, waits):
         assert await node.buy(10)
     assert len(spending.calls) == waits + 1
     assert len({call["purchase"] for call in spending.calls}) == 1
+
+
+async def test_readings_at_the_same_time_count_a_charge_once(tmp_path, monkeypatch):
+    """What was charged is still known when the ledger fails after several readings at once."""
+    async with _nodes(tmp_path, [_Answers(None)]) as (node,):
+        assert await node.buy(40)
+        await asyncio.gather(*(node.budgets.billed("ci", LIMIT) for _ in range(5)))
+        await _break_ledger(node, monkeypatch)
+        assert await node.budgets.billed("ci", LIMIT) == 40
+
+
+async def test_readings_at_the_same_time_are_one(tmp_path, monkeypatch):
+    """Those that come while one is under way share the next; each sees what was there before it."""
+    async with _nodes(tmp_path, [_Answers(None)]) as (node,):
+        readings = 0
+        read = node.store.ledger
+
+        async def ledger(*arguments, **terms):
+            nonlocal readings
+            readings += 1
+            return await read(*arguments, **terms)
+
+        monkeypatch.setattr(node.store, "ledger", ledger)
+        first = asyncio.create_task(node.budgets.billed("ci", LIMIT))
+        await _until(lambda: readings)
+        node.charge(40)
+        later = await asyncio.gather(*(node.budgets.billed("ci", LIMIT) for _ in range(5)))
+        await first
+        assert (later, readings) == ([40] * 5, 2)
+
+
+@needs_redis
+async def test_other_nodes_are_told_only_what_is_certain(tmp_path, monkeypatch):
+    """A charge that may be in the sum of the ledger, or not, is held against this node alone."""
+    async with clients(2) as servers:
+        spendings = [SharedSpending(client, str(i)) for i, client in enumerate(servers)]
+        async with _nodes(tmp_path, spendings) as (one, other):
+            flush = one.store.flush_counts
+            async with one.budgets.purchase("ci", LIMIT, 40) as note:
+
+                async def charge_before():
+                    one.charge(40)
+                    note(Bill("p", [0], [1], [40]))
+                    return await flush()
+
+                monkeypatch.setattr(one.store, "flush_counts", charge_before)
+                assert await one.budgets.billed("ci", LIMIT) == 40
+                await _break_ledger(one, monkeypatch)
+                assert await one.budgets.billed("ci", LIMIT) >= 40
+                assert await other.budgets.billed("ci", LIMIT) == 40
+            await one.budgets.aclose()
+            monkeypatch.setattr(one.store, "flush_counts", flush)
+            assert await one.budgets.billed("ci", LIMIT) == 40
+
+
+async def _break_ledger(node, monkeypatch):
+    async def fail():
+        return False
+
+    await node.budgets.aclose()
+    monkeypatch.setattr(node.store, "flush_counts", fail)
