@@ -39,7 +39,7 @@ from embedding_proxy.providers.charge import (
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.5
 """How often a purchase that waits for those of other nodes asks again: first, and at last."""
-MAX_PUBLISHED = 10_000
+MAX_PUBLISHED = MAX_ENDED = 10_000
 
 _PERIODS: dict[Period, str] = {
     "day": "of this day (UTC)",
@@ -108,15 +108,17 @@ class Budgets:
         for period in _PERIODS:
             first_day = SpendingLimit(0, period).first_day(now)
             lines = await self._store.ledger([By.CLIENT], lines=LedgerFilter(None, first_day))
-            for (name,), usage in lines or ():
-                here = usage.nanodollars_billed
-                if not here or self._published.get((name, first_day)) == here:
+            if lines is None:
+                return
+            billed = {name: usage.nanodollars_billed for (name,), usage in lines}
+            pending = {name for name, client in self._clients.items() if client.ended_in(first_day)}
+            for name in billed.keys() | pending:
+                here = billed.get(name, 0)
+                is_told = not here or self._published.get((name, first_day)) == here
+                if is_told and name not in pending:
                     continue
-                ended = set(self._client(name).ended) if name in self._clients else set()
-                if await self._shared.settle(name, first_day, here=here, ended=ended) is None:
+                if not await self._settle(self._shared, name, _Billed(first_day, here, here)):
                     return
-                if name in self._clients:
-                    self._client(name).ended -= ended
                 if len(self._published) >= MAX_PUBLISHED:
                     self._published.clear()
                 self._published[name, first_day] = here
@@ -130,7 +132,7 @@ class Budgets:
         here = await self._billed_here(name, limit)
         client = self._client(name)
         if self._shared is not None:
-            await self._settle(self._shared, client, name, here)
+            await self._settle(self._shared, name, here)
         return here.at_most + client.others
 
     async def _billed_here(self, name: str, limit: SpendingLimit) -> "_Billed":
@@ -201,8 +203,8 @@ class Budgets:
             if renewal is not None:
                 renewal.cancel()
             if self._shared is not None:
-                client.ended.add(purchase.id)
-                task = asyncio.create_task(self._end(self._shared, client, name, limit))
+                client.note_end(purchase)
+                task = asyncio.create_task(self._end(self._shared, name, limit))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
@@ -221,6 +223,7 @@ class Budgets:
         if billed.at_most >= limit.nanodollars:
             raise _exceeded(limit)
         if self._shared is not None:
+            purchase.first_day = billed.first_day
             answer = await self._shared.reserve(
                 *(name, billed.first_day),
                 here=billed.at_least,
@@ -254,6 +257,7 @@ class Budgets:
         while True:
             await asyncio.sleep(LEASE_S / 3)
             billed = await self._billed_here(name, limit)
+            purchase.first_day = billed.first_day
             await shared.renew(
                 *(name, billed.first_day),
                 here=billed.at_least,
@@ -261,21 +265,25 @@ class Budgets:
                 purchase=purchase.id,
             )
 
-    async def _end(
-        self, shared: SharedSpending, client: "_ClientSpending", name: str, limit: SpendingLimit
-    ) -> None:
+    async def _end(self, shared: SharedSpending, name: str, limit: SpendingLimit) -> None:
         """Tell the other nodes what was charged, and that it is all."""
-        await self._settle(shared, client, name, await self._billed_here(name, limit))
+        await self._settle(shared, name, await self._billed_here(name, limit))
 
-    @staticmethod
-    async def _settle(
-        shared: SharedSpending, client: "_ClientSpending", name: str, billed: "_Billed"
-    ) -> None:
-        ended = set(client.ended)
-        answer = await shared.settle(name, billed.first_day, here=billed.at_least, ended=ended)
-        if answer is not None:
+    async def _settle(self, shared: SharedSpending, name: str, billed: "_Billed") -> bool:
+        """Tell what was billed, and which purchases of that period ended; return whether it was."""
+        client = self._clients.get(name)
+        ended = client.ended_in(billed.first_day) if client is not None else set()
+        answer = await shared.settle(
+            *(name, billed.first_day),
+            here=billed.at_least,
+            ended=[purchase for _, purchase in ended],
+        )
+        if answer is None:
+            return False
+        if client is not None:
             client.ended -= ended
             client.hear(answer, billed)
+        return True
 
     def _client(self, name: str) -> "_ClientSpending":
         return self._clients.setdefault(name, _ClientSpending())
@@ -316,15 +324,29 @@ class _ClientSpending:
         """Nanodollars that other nodes had billed in the period when they were asked last."""
         self.told: int | None = None
         """Nanodollars that this node had billed then; None if they were never asked."""
-        self.ended: set[str] = set()
-        """Purchases whose end the other nodes were not told yet."""
+        self.ended: set[tuple[int, str]] = set()
+        """Purchases whose end the other nodes were not told yet, with the first day of the period
+        in which they have a reservation."""
 
     def note(self, bill: Bill) -> None:
         """Count a charge."""
         self.charged += sum(bill.nanodollars)
 
+    def note_end(self, purchase: "_PendingPurchase") -> None:
+        """Note the end of a purchase, for the other nodes."""
+        if purchase.first_day is not None:
+            if len(self.ended) >= MAX_ENDED:
+                # By the time that they are told, most reservations have lapsed.
+                self.ended.clear()
+            self.ended.add((purchase.first_day, purchase.id))
+
+    def ended_in(self, first_day: int) -> set[tuple[int, str]]:
+        """Return those of `ended` whose reservation is in the period that began on a day."""
+        return {end for end in self.ended if end[0] == first_day}
+
     def begin(self, first_day: int) -> None:
-        """Begin a period."""
+        """Begin a period. Nobody asks for reservations in the last one any more; they lapse."""
+        self.ended = self.ended_in(first_day)
         self.billed = _Billed(first_day, 0, 0)
         self.known, self.charged_before, self.charged_after = 0, self.charged, self.charged
         self.others, self.told = 0, None
@@ -341,6 +363,8 @@ class _PendingPurchase:
     def __init__(self, amount: int) -> None:
         self.id = secrets.token_hex(8)
         self.amount = amount
+        self.first_day: int | None = None
+        """Of the period in which it has a reservation, or may have."""
         self.polls = False
         """Whether what it waits for may end without a word in this process."""
 

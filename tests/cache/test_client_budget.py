@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -18,13 +19,15 @@ from tests.shared_server import clients
 
 PARTITION = Partition("", "m", 4)
 LIMIT = SpendingLimit(100, "ever")
+NOON = 45.5 * 86_400
+"""On 15 February 1970."""
 
 
 class Node:
     """A node's ledger on disk and its budgets."""
 
     def __init__(self, store, budgets):
-        self.store, self.budgets = store, budgets
+        self.store, self.budgets, self.limit = store, budgets, LIMIT
         self.inside = asyncio.Event()
         """Whether a purchase was begun."""
 
@@ -36,7 +39,7 @@ class Node:
     async def buy(self, cost, *, amount=None, held=None):
         """Buy for the client, if the budget lets it; return whether it did."""
         try:
-            async with self.budgets.purchase("ci", LIMIT, amount or cost) as note:
+            async with self.budgets.purchase("ci", self.limit, amount or cost) as note:
                 self.inside.set()
                 if held is not None:
                     await held.wait()
@@ -53,13 +56,13 @@ async def _until(is_so):
 
 
 @asynccontextmanager
-async def _nodes(tmp_path, spendings):
+async def _nodes(tmp_path, spendings, clock=time.time):
     """Give nodes, each with a store of its own."""
     async with AsyncExitStack() as stack:
         nodes = []
         for number, spending in enumerate(spendings):
             store = await stack.enter_async_context(Store(tmp_path / str(number), 1 << 30))
-            budgets = Budgets(store)
+            budgets = Budgets(store, clock=clock)
             budgets.share(spending, lambda: len(spendings))
             stack.push_async_callback(budgets.aclose)
             nodes.append(Node(store, budgets))
@@ -265,3 +268,29 @@ async def _break_ledger(node, monkeypatch):
 
     await node.budgets.aclose()
     monkeypatch.setattr(node.store, "flush_counts", fail)
+
+
+@needs_redis
+@pytest.mark.parametrize("cost", [10, 0])
+@pytest.mark.parametrize("period", ["day", "month", "ever"])
+async def test_the_end_of_a_purchase_is_told_later(tmp_path, period, cost):
+    """A node that was cut off gives its reservation back in whichever period that is."""
+    async with clients(2) as servers:
+        spendings = [SharedSpending(client, str(i)) for i, client in enumerate(servers)]
+        async with _nodes(tmp_path, spendings, lambda: NOON) as (one, other):
+            for node in (one, other):
+                node.limit = SpendingLimit(100, period)
+            held = asyncio.Event()
+            first = asyncio.create_task(one.buy(cost, amount=90, held=held))
+            await one.inside.wait()
+            await one.budgets.publish()
+            servers[0].is_off = True
+            held.set()
+            assert await first
+            await one.budgets.aclose()
+            servers[0].is_off = False
+            await one.budgets.publish()
+            key = servers[0].key("budget", f"{one.limit.first_day(NOON)}:ci".encode())
+            fields = await servers[0].command("HKEYS", key)
+            assert [field for field in fields if field.startswith(b"r:")] == []
+            assert await other.buy(50)
