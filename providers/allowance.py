@@ -4,6 +4,7 @@
 `SharedLimits` takes from it, and keeps what one process needs while it cannot be asked.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -92,11 +93,37 @@ class SharedLimits:
         self._untold: dict[str, Bucket] = {}
         self._nodes = 0
         self._is_alone = False
+        self._abandoned: set[asyncio.Task[Reservation | None]] = set()
+        """Exchanges for calls that were cancelled meanwhile."""
 
     async def reserve(
         self, cost: Mapping[str, int], max_wait_s: float, clock: Callable[[], float]
     ) -> Reservation | None:
-        """Reserve room for a call. None = the limits are those of `share` now."""
+        """Reserve room for a call. None = the limits are those of `share` now.
+
+        If it is cancelled, the exchange goes on, and what it has reserved is given back: before its
+        end nobody knows what the allowance was told.
+        """
+        exchange = asyncio.create_task(self._reserve(cost, max_wait_s, clock))
+        try:
+            return await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+
+            def give_back(done: asyncio.Task[Reservation | None]) -> None:
+                self._abandoned.discard(done)
+                if done.cancelled() or done.exception() is not None:
+                    return
+                reservation = done.result()
+                if reservation is not None and reservation.is_reserved:
+                    self.give_back(cost, clock())
+
+            self._abandoned.add(exchange)
+            exchange.add_done_callback(give_back)
+            raise
+
+    async def _reserve(
+        self, cost: Mapping[str, int], max_wait_s: float, clock: Callable[[], float]
+    ) -> Reservation | None:
         now = clock()
         self._resize(now)
         deficits = {kind: bucket.deficit(now) for kind, bucket in self.share.items()}

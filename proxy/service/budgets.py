@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.errors import BudgetExceeded
@@ -39,7 +39,7 @@ from embedding_proxy.providers.charge import (
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.5
 """How often a purchase that waits for those of other nodes asks again: first, and at last."""
-MAX_PUBLISHED = 10_000
+MAX_PUBLISHED = MAX_ENDED = 10_000
 
 _PERIODS: dict[Period, str] = {
     "day": "of this day (UTC)",
@@ -108,15 +108,17 @@ class Budgets:
         for period in _PERIODS:
             first_day = SpendingLimit(0, period).first_day(now)
             lines = await self._store.ledger([By.CLIENT], lines=LedgerFilter(None, first_day))
-            for (name,), usage in lines or ():
-                here = usage.nanodollars_billed
-                if not here or self._published.get((name, first_day)) == here:
+            if lines is None:
+                return
+            billed = {name: usage.nanodollars_billed for (name,), usage in lines}
+            pending = {name for name, client in self._clients.items() if client.ended_in(first_day)}
+            for name in billed.keys() | pending:
+                here = billed.get(name, 0)
+                is_told = not here or self._published.get((name, first_day)) == here
+                if is_told and name not in pending:
                     continue
-                ended = set(self._client(name).ended) if name in self._clients else set()
-                if await self._shared.settle(name, first_day, here=here, ended=ended) is None:
+                if not await self._settle(self._shared, name, _Billed(first_day, here, here)):
                     return
-                if name in self._clients:
-                    self._client(name).ended -= ended
                 if len(self._published) >= MAX_PUBLISHED:
                     self._published.clear()
                 self._published[name, first_day] = here
@@ -130,24 +132,42 @@ class Budgets:
         here = await self._billed_here(name, limit)
         client = self._client(name)
         if self._shared is not None:
-            await self._settle(self._shared, client, name, here)
-        return here + client.others
+            await self._settle(self._shared, name, here)
+        return here.at_most + client.others
 
-    async def _billed_here(self, name: str, limit: SpendingLimit) -> int:
-        """Return the same of this node alone."""
+    async def _billed_here(self, name: str, limit: SpendingLimit) -> "_Billed":
+        """Return the same of this node alone.
+
+        One at a time reads for a client, and what it finds is for all that asked before it began.
+        """
         client = self._client(name)
-        first_day = limit.first_day(self._clock())
-        if client.first_day != first_day:
-            client.first_day, client.known, client.charged = first_day, 0, 0
-            client.others, client.told = 0, None
-        counted = client.charged
-        if await self._store.flush_counts():
-            lines = await self._store.ledger([], lines=LedgerFilter(name, first_day))
-            if lines is not None and client.first_day == first_day:
-                client.known = sum(usage.nanodollars_billed for _, usage in lines)
-                client.charged -= counted
-                return client.known
-        return client.known + client.charged
+        client.asked += 1
+        asked = client.asked
+        async with client.reading:
+            first_day = limit.first_day(self._clock())
+            if client.billed.first_day != first_day:
+                client.begin(first_day)
+            elif client.answered >= asked:
+                return client.billed
+            answered, charged = client.asked, client.charged
+            known = await self._read(name, first_day)
+            if known is None:
+                # What was charged while the sum was read may be in the sum, or not.
+                at_least = client.known + client.charged - client.charged_after
+                at_most = client.known + client.charged - client.charged_before
+            else:
+                client.known, client.charged_before = known, charged
+                client.charged_after = client.charged
+                at_least = at_most = known
+            client.billed, client.answered = _Billed(first_day, at_least, at_most), answered
+            return client.billed
+
+    async def _read(self, name: str, first_day: int) -> int | None:
+        """Return the nanodollars in the ledger, once all is written; None if that fails."""
+        if not await self._store.flush_counts():
+            return None
+        lines = await self._store.ledger([], lines=LedgerFilter(name, first_day))
+        return None if lines is None else sum(usage.nanodollars_billed for _, usage in lines)
 
     @asynccontextmanager
     async def purchase(
@@ -183,8 +203,8 @@ class Budgets:
             if renewal is not None:
                 renewal.cancel()
             if self._shared is not None:
-                client.ended.add(purchase.id)
-                task = asyncio.create_task(self._end(self._shared, client, name, limit))
+                client.note_end(purchase)
+                task = asyncio.create_task(self._end(self._shared, name, limit))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
@@ -198,23 +218,28 @@ class Budgets:
         # Taken before the sums are read: what ends meanwhile counts twice then, and never not.
         client.is_released.clear()
         is_alone, reserved = not client.purchases, client.reserved
-        here = await self._billed_here(name, limit)
+        billed = await self._billed_here(name, limit)
         purchase.polls = False
+        if billed.at_most >= limit.nanodollars:
+            raise _exceeded(limit)
         if self._shared is not None:
+            purchase.first_day = billed.first_day
             answer = await self._shared.reserve(
-                *(name, client.first_day),
-                here=here,
-                limit=limit.nanodollars,
+                *(name, billed.first_day),
+                here=billed.at_least,
+                # What is not certain is not told: it only leaves less of the budget.
+                limit=limit.nanodollars - (billed.at_most - billed.at_least),
                 amount=purchase.amount,
                 purchase=purchase.id,
             )
             # Others may be what it waits for; or the server may be back soon.
             purchase.polls = True
             if answer is not None:
-                client.others, client.told = answer.others, here
+                client.hear(answer, billed)
                 if answer.decision is Decision.EXCEEDED:
                     raise _exceeded(limit)
                 return answer.decision is Decision.RESERVED
+        here = billed.at_most
         left: float = limit.nanodollars - here - client.others
         if self._shared is not None and left > 0:
             # What was left when the others were asked last is divided among all nodes.
@@ -231,32 +256,47 @@ class Budgets:
         """Keep what is reserved for as long as a purchase lasts."""
         while True:
             await asyncio.sleep(LEASE_S / 3)
-            here = await self._billed_here(name, limit)
+            billed = await self._billed_here(name, limit)
+            purchase.first_day = billed.first_day
             await shared.renew(
-                *(name, self._client(name).first_day),
-                here=here,
+                *(name, billed.first_day),
+                here=billed.at_least,
                 amount=purchase.amount,
                 purchase=purchase.id,
             )
 
-    async def _end(
-        self, shared: SharedSpending, client: "_ClientSpending", name: str, limit: SpendingLimit
-    ) -> None:
+    async def _end(self, shared: SharedSpending, name: str, limit: SpendingLimit) -> None:
         """Tell the other nodes what was charged, and that it is all."""
-        await self._settle(shared, client, name, await self._billed_here(name, limit))
+        await self._settle(shared, name, await self._billed_here(name, limit))
 
-    @staticmethod
-    async def _settle(
-        shared: SharedSpending, client: "_ClientSpending", name: str, here: int
-    ) -> None:
-        ended = set(client.ended)
-        answer = await shared.settle(name, client.first_day, here=here, ended=ended)
-        if answer is not None:
+    async def _settle(self, shared: SharedSpending, name: str, billed: "_Billed") -> bool:
+        """Tell what was billed, and which purchases of that period ended; return whether it was."""
+        client = self._clients.get(name)
+        ended = client.ended_in(billed.first_day) if client is not None else set()
+        answer = await shared.settle(
+            *(name, billed.first_day),
+            here=billed.at_least,
+            ended=[purchase for _, purchase in ended],
+        )
+        if answer is None:
+            return False
+        if client is not None:
             client.ended -= ended
-            client.others, client.told = answer.others, here
+            client.hear(answer, billed)
+        return True
 
     def _client(self, name: str) -> "_ClientSpending":
         return self._clients.setdefault(name, _ClientSpending())
+
+
+class _Billed(NamedTuple):
+    """What this node has billed a client in a period, in nanodollars."""
+
+    first_day: int
+    """Of the period, in days since 1970."""
+    at_least: int
+    at_most: int
+    """More than `at_least` only while the ledger cannot be written or read."""
 
 
 class _ClientSpending:
@@ -270,22 +310,51 @@ class _ClientSpending:
         """Those under way."""
         self.reserved = 0
         """Nanodollars that they may cost."""
-        self.first_day = 0
-        """The period of the two sums below, in days since 1970."""
+        self.reading = asyncio.Lock()
+        """Held while the ledger is read."""
+        self.asked = self.answered = 0
+        """How often its sum was asked for, and how many of these `billed` answers."""
+        self.billed = _Billed(0, 0, 0)
+        """What was found last."""
         self.known = 0
         """Nanodollars in the ledger when it was read last."""
-        self.charged = 0
-        """Those that were charged since then, or a few more."""
+        self.charged = self.charged_before = self.charged_after = 0
+        """Those that were charged in this process: so far, before that reading, and after it."""
         self.others = 0
         """Nanodollars that other nodes had billed in the period when they were asked last."""
         self.told: int | None = None
         """Nanodollars that this node had billed then; None if they were never asked."""
-        self.ended: set[str] = set()
-        """Purchases whose end the other nodes were not told yet."""
+        self.ended: set[tuple[int, str]] = set()
+        """Purchases whose end the other nodes were not told yet, with the first day of the period
+        in which they have a reservation."""
 
     def note(self, bill: Bill) -> None:
         """Count a charge."""
         self.charged += sum(bill.nanodollars)
+
+    def note_end(self, purchase: "_PendingPurchase") -> None:
+        """Note the end of a purchase, for the other nodes."""
+        if purchase.first_day is not None:
+            if len(self.ended) >= MAX_ENDED:
+                # By the time that they are told, most reservations have lapsed.
+                self.ended.clear()
+            self.ended.add((purchase.first_day, purchase.id))
+
+    def ended_in(self, first_day: int) -> set[tuple[int, str]]:
+        """Return those of `ended` whose reservation is in the period that began on a day."""
+        return {end for end in self.ended if end[0] == first_day}
+
+    def begin(self, first_day: int) -> None:
+        """Begin a period. Nobody asks for reservations in the last one any more; they lapse."""
+        self.ended = self.ended_in(first_day)
+        self.billed = _Billed(first_day, 0, 0)
+        self.known, self.charged_before, self.charged_after = 0, self.charged, self.charged
+        self.others, self.told = 0, None
+
+    def hear(self, answer: SpendingAnswer, billed: _Billed) -> None:
+        """Note what other nodes have billed, when they were told what this one has."""
+        if billed.first_day == self.billed.first_day:
+            self.others, self.told = answer.others, billed.at_least
 
 
 class _PendingPurchase:
@@ -294,6 +363,8 @@ class _PendingPurchase:
     def __init__(self, amount: int) -> None:
         self.id = secrets.token_hex(8)
         self.amount = amount
+        self.first_day: int | None = None
+        """Of the period in which it has a reservation, or may have."""
         self.polls = False
         """Whether what it waits for may end without a word in this process."""
 

@@ -1,6 +1,7 @@
 """One allowance of a provider for all nodes: never passed together, and nobody waits without it."""
 
 import asyncio
+import contextlib
 import itertools
 
 import pytest
@@ -180,6 +181,62 @@ async def test_a_call_that_is_cancelled_while_it_waits_gives_its_room_back():
     with pytest.raises(asyncio.CancelledError):
         await limiter.acquire(10, None)
     assert allowance.returned == [{"requests": 1, "tokens": 10}]
+
+
+async def _cancel_in_the_exchange(limiter, allowance):
+    """Cancel a call when the allowance was asked and has not answered; let it answer then."""
+    told = len(allowance.told)
+    call = asyncio.create_task(limiter.acquire(10, None))
+    while len(allowance.told) == told:  # noqa: ASYNC110 - counters of a test
+        await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_call_that_is_cancelled_in_the_exchange_gives_its_room_back():
+    """Nobody waits for room that was reserved when the call was gone."""
+    allowance = _Scripted(Reservation(0.0, is_reserved=True))
+    await _cancel_in_the_exchange(_limiter(allowance, _Clock()), allowance)
+    assert allowance.returned == [{"requests": 1, "tokens": 10}]
+
+
+@pytest.mark.parametrize("answer", [None, Reservation(9.0, is_reserved=False)])
+async def test_a_call_that_is_cancelled_in_the_exchange_returns_no_room_that_it_has_not(answer):
+    """What was not reserved is not given back, and what was not told is told with the next call."""
+    clock = _Clock()
+    reserved = Reservation(0.0, is_reserved=True)
+    allowance = _Scripted(None, answer, reserved, reserved)
+    limiter = _limiter(allowance, clock)
+    await limiter.acquire(10, None)
+    await _cancel_in_the_exchange(limiter, allowance)
+    await limiter.acquire(10, None)
+    assert allowance.returned == []
+    untold = [told["requests"] for _, told in allowance.told]
+    assert untold == [0.0, 1.0, 1.0 if answer is None else 0.0]
+
+
+@needs_redis
+async def test_what_a_cancelled_call_took_is_had_by_the_next_one():
+    """On a real server: with room for one call, one that is cancelled at once takes none."""
+    async with clients(1) as (node,):
+        allowance = Allowance(node, "p", {"requests": 1.0})
+        limiter = RateLimiter("p", requests_per_minute=1.0, shared=allowance)
+        cancelled = asyncio.create_task(limiter.acquire(10, None))
+        while not node.exchanges:  # noqa: ASYNC110 - counters of a test
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        # Each refusal takes an exchange; during these the first one comes to its end.
+        deadline = asyncio.get_running_loop().time()
+        for _ in range(100):
+            with contextlib.suppress(LocalQueueFull):
+                await limiter.acquire(10, deadline)
+                return
+        pytest.fail("the room is lost")
 
 
 async def test_each_node_keeps_to_its_share_while_nobody_can_be_asked():

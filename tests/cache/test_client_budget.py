@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -18,25 +19,31 @@ from tests.shared_server import clients
 
 PARTITION = Partition("", "m", 4)
 LIMIT = SpendingLimit(100, "ever")
+NOON = 45.5 * 86_400
+"""On 15 February 1970."""
 
 
 class Node:
     """A node's ledger on disk and its budgets."""
 
     def __init__(self, store, budgets):
-        self.store, self.budgets = store, budgets
+        self.store, self.budgets, self.limit = store, budgets, LIMIT
         self.inside = asyncio.Event()
         """Whether a purchase was begun."""
+
+    def charge(self, cost):
+        """Count a charge in the ledger."""
+        usage = Usage(misses=1, nanodollars_billed=cost)
+        self.store.count(LedgerKey(PARTITION, "m", "p", "ci"), usage)
 
     async def buy(self, cost, *, amount=None, held=None):
         """Buy for the client, if the budget lets it; return whether it did."""
         try:
-            async with self.budgets.purchase("ci", LIMIT, amount or cost) as note:
+            async with self.budgets.purchase("ci", self.limit, amount or cost) as note:
                 self.inside.set()
                 if held is not None:
                     await held.wait()
-                usage = Usage(misses=1, nanodollars_billed=cost)
-                self.store.count(LedgerKey(PARTITION, "m", "p", "ci"), usage)
+                self.charge(cost)
                 note(Bill("p", [0], [1], [cost]))
         except BudgetExceeded:
             return False
@@ -49,13 +56,13 @@ async def _until(is_so):
 
 
 @asynccontextmanager
-async def _nodes(tmp_path, spendings):
+async def _nodes(tmp_path, spendings, clock=time.time):
     """Give nodes, each with a store of its own."""
     async with AsyncExitStack() as stack:
         nodes = []
         for number, spending in enumerate(spendings):
             store = await stack.enter_async_context(Store(tmp_path / str(number), 1 << 30))
-            budgets = Budgets(store)
+            budgets = Budgets(store, clock=clock)
             budgets.share(spending, lambda: len(spendings))
             stack.push_async_callback(budgets.aclose)
             nodes.append(Node(store, budgets))
@@ -200,3 +207,90 @@ async def test_a_purchase_asks_again_until_there_is_room(tmp_path, waits):
         assert await node.buy(10)
     assert len(spending.calls) == waits + 1
     assert len({call["purchase"] for call in spending.calls}) == 1
+
+
+async def test_readings_at_the_same_time_count_a_charge_once(tmp_path, monkeypatch):
+    """What was charged is still known when the ledger fails after several readings at once."""
+    async with _nodes(tmp_path, [_Answers(None)]) as (node,):
+        assert await node.buy(40)
+        await asyncio.gather(*(node.budgets.billed("ci", LIMIT) for _ in range(5)))
+        await _break_ledger(node, monkeypatch)
+        assert await node.budgets.billed("ci", LIMIT) == 40
+
+
+async def test_readings_at_the_same_time_are_one(tmp_path, monkeypatch):
+    """Those that come while one is under way share the next; each sees what was there before it."""
+    async with _nodes(tmp_path, [_Answers(None)]) as (node,):
+        readings = 0
+        read = node.store.ledger
+
+        async def ledger(*arguments, **terms):
+            nonlocal readings
+            readings += 1
+            return await read(*arguments, **terms)
+
+        monkeypatch.setattr(node.store, "ledger", ledger)
+        first = asyncio.create_task(node.budgets.billed("ci", LIMIT))
+        await _until(lambda: readings)
+        node.charge(40)
+        later = await asyncio.gather(*(node.budgets.billed("ci", LIMIT) for _ in range(5)))
+        await first
+        assert (later, readings) == ([40] * 5, 2)
+
+
+@needs_redis
+async def test_other_nodes_are_told_only_what_is_certain(tmp_path, monkeypatch):
+    """A charge that may be in the sum of the ledger, or not, is held against this node alone."""
+    async with clients(2) as servers:
+        spendings = [SharedSpending(client, str(i)) for i, client in enumerate(servers)]
+        async with _nodes(tmp_path, spendings) as (one, other):
+            flush = one.store.flush_counts
+            async with one.budgets.purchase("ci", LIMIT, 40) as note:
+
+                async def charge_before():
+                    one.charge(40)
+                    note(Bill("p", [0], [1], [40]))
+                    return await flush()
+
+                monkeypatch.setattr(one.store, "flush_counts", charge_before)
+                assert await one.budgets.billed("ci", LIMIT) == 40
+                await _break_ledger(one, monkeypatch)
+                assert await one.budgets.billed("ci", LIMIT) >= 40
+                assert await other.budgets.billed("ci", LIMIT) == 40
+            await one.budgets.aclose()
+            monkeypatch.setattr(one.store, "flush_counts", flush)
+            assert await one.budgets.billed("ci", LIMIT) == 40
+
+
+async def _break_ledger(node, monkeypatch):
+    async def fail():
+        return False
+
+    await node.budgets.aclose()
+    monkeypatch.setattr(node.store, "flush_counts", fail)
+
+
+@needs_redis
+@pytest.mark.parametrize("cost", [10, 0])
+@pytest.mark.parametrize("period", ["day", "month", "ever"])
+async def test_the_end_of_a_purchase_is_told_later(tmp_path, period, cost):
+    """A node that was cut off gives its reservation back in whichever period that is."""
+    async with clients(2) as servers:
+        spendings = [SharedSpending(client, str(i)) for i, client in enumerate(servers)]
+        async with _nodes(tmp_path, spendings, lambda: NOON) as (one, other):
+            for node in (one, other):
+                node.limit = SpendingLimit(100, period)
+            held = asyncio.Event()
+            first = asyncio.create_task(one.buy(cost, amount=90, held=held))
+            await one.inside.wait()
+            await one.budgets.publish()
+            servers[0].is_off = True
+            held.set()
+            assert await first
+            await one.budgets.aclose()
+            servers[0].is_off = False
+            await one.budgets.publish()
+            key = servers[0].key("budget", f"{one.limit.first_day(NOON)}:ci".encode())
+            fields = await servers[0].command("HKEYS", key)
+            assert [field for field in fields if field.startswith(b"r:")] == []
+            assert await other.buy(50)
