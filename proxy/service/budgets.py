@@ -107,17 +107,23 @@ class Budgets:
         now = self._clock()
         for period in _PERIODS:
             first_day = SpendingLimit(0, period).first_day(now)
+            ended = {
+                name: ends
+                for name, client in self._clients.items()
+                if (ends := client.ended_in(first_day))
+            }
+            if ended and not await self._store.flush_counts():
+                ended = {}
             lines = await self._store.ledger([By.CLIENT], lines=LedgerFilter(None, first_day))
             if lines is None:
                 return
-            billed = {name: usage.nanodollars_billed for (name,), usage in lines}
-            pending = {name for name, client in self._clients.items() if client.ended_in(first_day)}
-            for name in billed.keys() | pending:
-                here = billed.get(name, 0)
+            sums = {name: usage.nanodollars_billed for (name,), usage in lines}
+            for name in sums.keys() | ended.keys():
+                here, ends = sums.get(name, 0), ended.get(name, frozenset())
                 is_told = not here or self._published.get((name, first_day)) == here
-                if is_told and name not in pending:
+                if is_told and not ends:
                     continue
-                if not await self._settle(self._shared, name, _Billed(first_day, here, here)):
+                if not await self._settle(self._shared, name, _Billed(first_day, here, here, ends)):
                     return
                 if len(self._published) >= MAX_PUBLISHED:
                     self._published.clear()
@@ -149,7 +155,7 @@ class Budgets:
                 client.begin(first_day)
             elif client.answered >= asked:
                 return client.billed
-            answered, charged = client.asked, client.charged
+            answered, charged, ended = client.asked, client.charged, client.ended_in(first_day)
             known = await self._read(name, first_day)
             if known is None:
                 # What was charged while the sum was read may be in the sum, or not.
@@ -159,7 +165,8 @@ class Budgets:
                 client.known, client.charged_before = known, charged
                 client.charged_after = client.charged
                 at_least = at_most = known
-            client.billed, client.answered = _Billed(first_day, at_least, at_most), answered
+            client.billed = _Billed(first_day, at_least, at_most, ended)
+            client.answered = answered
             return client.billed
 
     async def _read(self, name: str, first_day: int) -> int | None:
@@ -220,9 +227,9 @@ class Budgets:
         is_alone, reserved = not client.purchases, client.reserved
         billed = await self._billed_here(name, limit)
         purchase.polls = False
-        if billed.at_most >= limit.nanodollars:
-            raise _exceeded(limit)
         if self._shared is not None:
+            if billed.at_most >= limit.nanodollars:
+                raise _exceeded(limit)
             purchase.first_day = billed.first_day
             answer = await self._shared.reserve(
                 *(name, billed.first_day),
@@ -270,18 +277,17 @@ class Budgets:
         await self._settle(shared, name, await self._billed_here(name, limit))
 
     async def _settle(self, shared: SharedSpending, name: str, billed: "_Billed") -> bool:
-        """Tell what was billed, and which purchases of that period ended; return whether it was."""
-        client = self._clients.get(name)
-        ended = client.ended_in(billed.first_day) if client is not None else set()
+        """Tell what was billed, and which purchases have ended; return whether it was told."""
         answer = await shared.settle(
             *(name, billed.first_day),
             here=billed.at_least,
-            ended=[purchase for _, purchase in ended],
+            ended=[purchase for _, purchase in billed.ended],
         )
         if answer is None:
             return False
+        client = self._clients.get(name)
         if client is not None:
-            client.ended -= ended
+            client.ended -= billed.ended
             client.hear(answer, billed)
         return True
 
@@ -297,6 +303,9 @@ class _Billed(NamedTuple):
     at_least: int
     at_most: int
     """More than `at_least` only while the ledger cannot be written or read."""
+    ended: frozenset[tuple[int, str]] = frozenset()
+    """Purchases that had ended before the sum was read, so it has their charges; see
+    `_ClientSpending.ended`."""
 
 
 class _ClientSpending:
@@ -340,13 +349,13 @@ class _ClientSpending:
                 self.ended.clear()
             self.ended.add((purchase.first_day, purchase.id))
 
-    def ended_in(self, first_day: int) -> set[tuple[int, str]]:
+    def ended_in(self, first_day: int) -> frozenset[tuple[int, str]]:
         """Return those of `ended` whose reservation is in the period that began on a day."""
-        return {end for end in self.ended if end[0] == first_day}
+        return frozenset(end for end in self.ended if end[0] == first_day)
 
     def begin(self, first_day: int) -> None:
         """Begin a period. Nobody asks for reservations in the last one any more; they lapse."""
-        self.ended = self.ended_in(first_day)
+        self.ended = set(self.ended_in(first_day))
         self.billed = _Billed(first_day, 0, 0)
         self.known, self.charged_before, self.charged_after = 0, self.charged, self.charged
         self.others, self.told = 0, None

@@ -168,6 +168,10 @@ class _Answers:
     def __init__(self, *answers):
         self.answers = itertools.chain(answers, itertools.repeat(answers[-1]))
         self.calls = []
+        self.heard = None
+        """The answer to a node that tells what it has billed."""
+        self.settled = []
+        """The sum and the number of ended purchases of each call."""
 
     async def reserve(self, *_, **terms):
         self.calls.append(terms)
@@ -176,8 +180,9 @@ class _Answers:
     async def renew(self, *_, **__):
         return None
 
-    async def settle(self, *_, **__):
-        return None
+    async def settle(self, *_, here, ended=()):
+        self.settled.append((here, len(list(ended))))
+        return self.heard
 
 
 async def test_without_the_server_nodes_do_not_pass_a_budget_together(tmp_path):
@@ -294,3 +299,32 @@ async def test_the_end_of_a_purchase_is_told_later(tmp_path, period, cost):
             fields = await servers[0].command("HKEYS", key)
             assert [field for field in fields if field.startswith(b"r:")] == []
             assert await other.buy(50)
+
+
+@pytest.mark.parametrize("is_published", [False, True])
+async def test_a_reservation_stays_until_its_charge_is_told(tmp_path, monkeypatch, is_published):
+    """A purchase that ends while the ledger is read is not in the sum, and keeps its room."""
+    spending = _Answers(SpendingAnswer(Decision.RESERVED, 0))
+    spending.heard = SpendingAnswer(Decision.RESERVED, 0)
+    async with _nodes(tmp_path, [spending]) as (node,):
+        held = asyncio.Event()
+        purchase = asyncio.create_task(node.buy(50, held=held))
+        await node.inside.wait()
+        node.charge(10)
+        assert await node.store.flush_counts()
+        read = node.store.ledger
+
+        async def end_meanwhile(*arguments, **terms):
+            lines = await read(*arguments, **terms)
+            if terms["lines"].first_day == 0 and not held.is_set():
+                held.set()
+                assert await purchase
+            return lines
+
+        monkeypatch.setattr(node.store, "ledger", end_meanwhile)
+        if is_published:
+            await node.budgets.publish()
+        else:
+            await node.budgets.billed("ci", LIMIT)
+        await node.budgets.aclose()
+        assert sorted(set(spending.settled)) == [(10, 0), (60, 1)]
