@@ -294,8 +294,10 @@ class World:
 
 EVENTS = st.tuples(
     st.sampled_from(
-        ["buy", "buy", "ask", "tick", "tick", "purge", "arrive"]
-        + ["flush", "save", "restore", "switch", "stop", "start"]
+        [
+            *("buy", "buy", "ask", "tick", "tick", "purge", "arrive"),
+            *("flush", "save", "restore", "switch", "stop", "start"),
+        ]
     ),
     st.integers(0, 2),
     st.sampled_from(["all", "namespace", "input", "old"]),
