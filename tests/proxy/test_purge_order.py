@@ -1,7 +1,8 @@
 """Purges among nodes in any order of events: what was purged is served nowhere, the rest stays.
 
-Nodes buy, purge, stop and start; the server goes, comes back, and loses its memory; records are
-written to the shared tier late. Everything but the disk, the memory and the server is the real one.
+Nodes buy, purge, stop and start; the server goes, comes back, and loses its memory, or a part
+of it; records are written to the shared tier late. Everything but the disk, the memory and the
+server is the real one.
 """
 
 import asyncio
@@ -49,11 +50,25 @@ class Server:
         self.purges = {}
         self.floor = 0.0
         self.number = 0
+        self.last = ""
+        self.save()
+
+    def save(self):
+        """Keep a snapshot."""
+        state = self.generation, self.floor, self.number, self.last
+        self._saved = dict(self.records), dict(self.purges), state
+
+    def restore(self):
+        """Come back with older data."""
+        records, purges, state = self._saved
+        self.records, self.purges = dict(records), dict(purges)
+        self.generation, self.floor, self.number, self.last = state
 
     def empty(self):
         self.records.clear()
         self.purges.clear()
-        self.generation, self.number, self.floor = self.generation + 1, 0, 0.0
+        self.generation, self.number, self.floor, self.last = self.generation + 1, 0, 0.0, ""
+        self.save()
 
 
 class Exchange:
@@ -64,7 +79,8 @@ class Exchange:
 
     async def poll(self):
         server = self._server
-        return PurgeState(str(server.generation), server.number) if server.is_on else None
+        state = PurgeState(str(server.generation), server.number, server.last)
+        return state if server.is_on else None
 
     async def read(self):
         swept = [replace(one, is_swept=True) for one in self._server.purges.values()]
@@ -75,8 +91,10 @@ class Exchange:
         if not self._server.is_on:
             return False
         for one in purges:
-            if self._server.purges.setdefault(one.id, decode(one.encode())) is not None:
+            if one.id not in self._server.purges:
+                self._server.purges[one.id] = decode(one.encode())
                 self._server.number += 1
+                self._server.last = one.id
         return True
 
     async def compact(self, shared):
@@ -227,6 +245,10 @@ class World:
         partition, address = _partition(namespace), namespace.encode() + text
         if kind == "flush":
             self.server.empty()
+        elif kind == "save":
+            self.server.save()
+        elif kind == "restore":
+            self.server.restore()
         elif kind == "switch":
             self.server.is_on = not self.server.is_on
         elif kind == "arrive" and self.server.late and self.server.is_on:
@@ -272,7 +294,10 @@ class World:
 
 EVENTS = st.tuples(
     st.sampled_from(
-        ["buy", "buy", "ask", "tick", "purge", "arrive", "flush", "switch", "stop", "start"]
+        [
+            *("buy", "buy", "ask", "tick", "tick", "purge", "arrive"),
+            *("flush", "save", "restore", "switch", "stop", "start"),
+        ]
     ),
     st.integers(0, 2),
     st.sampled_from(["all", "namespace", "input", "old"]),
