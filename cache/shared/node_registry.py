@@ -215,6 +215,10 @@ class Registry:
         """Say that this node stops: nobody waits for it."""
         await _LEAVE.run(self._client, [self._key], [self.node.id, self._token])
 
+    def forget_told(self) -> None:
+        """Let the sums be told again: the server may have others by now."""
+        self._told = b""
+
     async def tell_sums(self, sums: Sequence[Line], days: Sequence[Line]) -> bool:
         """Tell the sums of this node's ledger, if they are others than before; see NodeState."""
         fields = {"sums": list(map(_row, sums)), "days": list(map(_row, days))}

@@ -296,6 +296,8 @@ class Membership:
         is_emptied = state.generation != before.generation or state.number < before.number
         if is_emptied and self.is_keeper:
             await self._budgets.publish(is_complete=True)
+            self.registry.forget_told()
+            self._sums_at = float("-inf")
         record = await asyncio.to_thread(self.log.peek)
         untold = is_emptied or not all(one.is_told for one in record.purges.values())
         is_known = state == self._state and not untold

@@ -242,26 +242,6 @@ async def test_a_purged_record_that_is_written_again_is_not_served(tmp_path):
 
 
 @needs_redis
-async def test_a_purge_holds_although_the_log_cannot_be_written(tmp_path, monkeypatch, caplog):
-    """A full disk keeps nothing from being purged; it is written, and deleted, when it has room."""
-    async with three(tmp_path) as (one, _, __):
-        await one.put("a")
-        await one.membership.exchange.add([purge_of(PurgeFilter())])
-
-        def full(*_):
-            raise OSError(28, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(one.membership.log, "change", full)
-            for _ in range(3):
-                await one.membership.tick()
-                assert await one.texts("a") == set()
-            assert caplog.text.count("the purge log cannot be written") == 1
-        await one.settle()
-        assert await one.on_disk() == 0
-
-
-@needs_redis
 async def test_an_interrupted_deletion_goes_on(tmp_path):
     """A kill between learning of a purge and deleting leaves it to the next start."""
     async with clients(1) as (client,):
@@ -346,6 +326,24 @@ async def test_sums_that_the_server_has_evicted_are_told_again(tmp_path):
         assert await _all_sums(other) == {}
         await one.membership._tell_sums()
         assert await _all_sums(other) == {"ci": 1}
+
+
+@needs_redis
+async def test_sums_that_the_server_has_lost_a_part_of_are_told_again(tmp_path):
+    """It came back with older data, and they are the same."""
+    async with three(tmp_path) as (one, other, _):
+        redis, key = other.client, other.client.key("ledger")
+        await _count(one, "ci", 1)
+        await one.membership._tell_sums()
+        older = await redis.command("DUMP", key)
+        await _count(one, "ci", 1)
+        await one.membership._tell_sums()
+        await one.membership.exchange.add([purge_of(PurgeFilter(namespace="x"))])
+        await one.settle()
+        await redis.command("RESTORE", key, 0, older, "REPLACE")
+        await redis.command("HSET", redis.key("purges"), "number", 0)
+        await one.settle()
+        assert await _all_sums(other) == {"ci": 2}
 
 
 @needs_redis

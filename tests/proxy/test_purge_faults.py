@@ -112,6 +112,25 @@ async def test_a_node_that_stops_leaves_the_rest_of_a_purge(tmp_path, monkeypatc
             assert await node.in_redis() == 0
 
 
+async def test_a_purge_holds_although_the_log_cannot_be_written(tmp_path, monkeypatch, caplog):
+    """A full disk keeps nothing from being purged; it is written, and deleted, when it has room."""
+    async with three(tmp_path) as (one, _, __):
+        await one.put("a")
+        await one.membership.exchange.add([purge_of(PurgeFilter())])
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.membership.log, "change", full)
+            for _ in range(3):
+                await one.membership.tick()
+                assert await one.texts("a") == set()
+            assert caplog.text.count("the purge log cannot be written") == 1
+        await one.settle()
+        assert await one.on_disk() == 0
+
+
 @pytest.mark.parametrize("path", ["node.lock", "node-id"])
 async def test_a_node_that_cannot_take_part_heeds_purges(tmp_path, path, caplog):
     """As in a folder that is read-only: what other nodes purge is not served, and it says so."""

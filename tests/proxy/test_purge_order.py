@@ -122,6 +122,9 @@ class Registry:
     async def leave(self):
         pass
 
+    def forget_told(self):
+        pass
+
     async def tell_sums(self, sums, days):
         return True
 
