@@ -9,8 +9,9 @@ import math
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import islice
@@ -132,7 +133,7 @@ class Warmer:
         """Yield the texts that are not cached, each once, in batches; count all in `preview`."""
         keys: set[bytes] = set()
         texts = iter(self._texts)
-        while batch := await asyncio.to_thread(_batch, texts):
+        while batch := await _read_batch(texts):
             preview.inputs += len(batch)
             usable = []
             for text in batch:
@@ -163,8 +164,35 @@ class Warmer:
         return []
 
 
-def _batch(texts: Iterator[Text]) -> list[Text]:
-    return list(islice(texts, BATCH))
+async def _read_batch(texts: Iterator[Text]) -> list[Text]:
+    """Return the next texts, read in a thread of their own.
+
+    A query or a pipe may take for ever: at Ctrl-C the process does not wait for such a thread.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[list[Text]] = loop.create_future()
+
+    def read() -> None:
+        batch: list[Text] = []
+        failure: Exception | None = None
+        try:
+            batch = list(islice(texts, BATCH))
+        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+            failure = error
+        # The loop is closed if nobody waits any more.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(resolve, batch, failure)
+
+    def resolve(batch: list[Text], failure: Exception | None) -> None:
+        if future.done():
+            return
+        if failure is None:
+            future.set_result(batch)
+        else:
+            future.set_exception(failure)
+
+    threading.Thread(target=read, name="texts", daemon=True).start()
+    return await future
 
 
 def _seconds(preview: Preview, limits: Limits) -> float:

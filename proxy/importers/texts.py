@@ -165,7 +165,11 @@ def _of_database(file: Path, query: str | None) -> Iterator[Text]:
         raise SourceError(f"{file} is a database: give with --query the SQL of its texts")
     try:
         # Read-only, because the query is the user's.
-        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        with closing(
+            sqlite3.connect(
+                f"{file.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False
+            )
+        ) as database:
             database.execute("PRAGMA query_only = ON")
             for number, row in enumerate(database.execute(query), start=1):
                 yield to_text(f"row {number}", row[0])

@@ -224,6 +224,25 @@ async def test_an_interrupted_run_goes_on_for_nothing(upstream, tmp_path):
     assert b"3000" not in out.splitlines()[-1]
 
 
+async def test_a_query_without_end_is_interrupted(tmp_path):
+    """Ctrl-C does not wait for who reads the texts."""
+    sqlite3.connect(tmp_path / "k.db").close()
+    (tmp_path / "config.yaml").write_text(f'cache: {{directory: "{tmp_path / "cache"}"}}')
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "embedding_proxy", "warm", str(tmp_path / "k.db"), "--dry-run"),
+        *("--query", endless, "--model", SMALL, "--config", str(tmp_path / "config.yaml")),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    # It has said which store it works on before it reads.
+    assert (await process.stderr.readline()).startswith(b"store: ")
+    while not (tmp_path / "cache" / "v1" / "cache.db").exists():  # noqa: ASYNC110 - another process's
+        await asyncio.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = await process.communicate()
+    assert (process.returncode, b"Traceback" in err) == (130, False), err
+
+
 def test_standard_input_is_read(command, monkeypatch, tmp_path):
     """Lines of it, kept in a file as they are read twice."""
 
