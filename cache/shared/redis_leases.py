@@ -31,6 +31,9 @@ RENEW_S = 1.0
 """How often the leases that are held are renewed, in seconds."""
 WRITTEN_S = 2.0
 """How long a lease lasts that is not renewed after its record was written on its machine."""
+TAKE_LIMIT_S = 0.05
+"""The time limit of what takes leases: less than a purchase takes, and long enough for a server
+that is merely busy. Without an answer each node buys for itself."""
 LIMIT_S = 0.25
 """The time limit of what nobody waits for."""
 KEEP = b"""\
@@ -96,7 +99,8 @@ class RedisLeases:
         words = (b"NX", b"PX", round(1000 * TTL_S))
         keys = [self._redis.key(KIND, address) for address in addresses]
         answers = await self._redis.exchange(
-            [Command(key, (b"SET", key, token, *words)) for key in keys]
+            [Command(key, (b"SET", key, token, *words)) for key in keys],
+            max(TAKE_LIMIT_S, self._redis.options.limit_s),
         )
         both = zip(addresses, answers, strict=True)
         taken = {address: token for address, answer in both if answer is not None}

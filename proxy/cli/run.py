@@ -22,6 +22,7 @@ from embedding_proxy.proxy.config.errors import KeyPath
 from embedding_proxy.proxy.config.loader import read_configuration
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import process
+from embedding_proxy.proxy.http.request_metrics import EMBEDDINGS
 
 from . import startup
 from .formatting import count, money, savings, share
@@ -78,6 +79,8 @@ def run(
     startup.check_environment(configuration)
     settings = configuration.settings
     log.configure("warning", settings.log.format)
+    if KEY_VARIABLE not in os.environ and (lack := _lacking_key(settings)):
+        say(f"run: {lack}; set {KEY_VARIABLE} to it")
     with closing(process.listen(settings)) as listening:
         environment = command_environment(process.base_url(listening), settings, os.environ)
         instance = process.Instance(settings, listening, lambda: settings)
@@ -87,7 +90,12 @@ def run(
             fail(f"run: {error}", error.code)
     # Purchases that were in progress when the command ended are counted now.
     usage = reduce(Usage.plus, instance.service.counted.values(), Usage())
-    say(summary(usage, is_frozen=frozen))
+    failures = {
+        status: number
+        for (route, status), number in instance.requests.by_status.items()
+        if route == EMBEDDINGS and status >= 400
+    }
+    say(summary(usage, failures, is_frozen=frozen))
     sys.exit(code)
 
 
@@ -175,22 +183,40 @@ def _is_in_foreground() -> bool:
         return False
 
 
-def summary(usage: Usage, *, is_frozen: bool = False) -> str:
-    """Return one line on what the cache has saved while a command ran.
+def _lacking_key(settings: Settings) -> str:
+    """Return which key the command needs and is not given here; empty if it needs none."""
+    if settings.keys_path.exists() and not settings.server.keys:
+        return "the proxy wants a key of `embedding-proxy keys add`"
+    if any(entry is not None and entry.uses_client_key for entry in settings.providers.values()):
+        return "a provider is asked with the key of the command (`auth: client`)"
+    return ""
 
-    >>> summary(Usage(hits=3, misses=1, nanodollars_saved=3000, nanodollars_billed=1000))
+
+def summary(usage: Usage, failures: Mapping[int, int], *, is_frozen: bool = False) -> str:
+    """Return one line about the savings of the cache while a command ran.
+
+    `failures` are the numbers of requests that failed, by status.
+
+    >>> usage = Usage(hits=3, misses=1, nanodollars_saved=3000, nanodollars_billed=1000)
+    >>> summary(usage, {})
     '4 inputs: 3 from the cache (75.0%), 1 bought for $0.000001; $0.000003 saved (75.0%)'
+    >>> summary(Usage(hits=1), {404: 2}, is_frozen=True)
+    '1 input: 1 from the cache (100.0%), nothing bought; $0.00 saved; 2 requests failed (404: 2)'
     """
     unpaid = usage.inputs - usage.misses
-    if not usage.inputs:
+    if not (usage.inputs or failures):
         return (
             "the command has embedded nothing through the proxy; it has to use OPENAI_BASE_URL,"
             " as OpenAI's libraries do"
         )
     billed, saved = usage.nanodollars_billed / NANO, usage.nanodollars_saved / NANO
-    percent = share(unpaid, usage.inputs)
+    percent = f" ({share(unpaid, usage.inputs)})" if usage.inputs else ""
     bought = "nothing bought" if is_frozen else f"{usage.misses:,} bought for {money(billed)}"
-    return (
-        f"{count(usage.inputs, 'input')}: {unpaid:,} from the cache ({percent}), {bought};"
+    line = (
+        f"{count(usage.inputs, 'input')}: {unpaid:,} from the cache{percent}, {bought};"
         f" {savings(saved, billed)}"
     )
+    if not failures:
+        return line
+    by_status = ", ".join(f"{status}: {number:,}" for status, number in sorted(failures.items()))
+    return f"{line}; {count(sum(failures.values()), 'request')} failed ({by_status})"

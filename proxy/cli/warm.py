@@ -7,11 +7,12 @@ in the cache at once, so that a run that was interrupted goes on where it ended,
 import asyncio
 import math
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import islice
@@ -27,12 +28,21 @@ from embedding_proxy.providers.charge import NANO
 from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.errors import ConfigError
+from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.importers.texts import Split, Text, TextFiles
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from embedding_proxy.proxy.service.inputs import CostPreview
 
 from .formatting import age, count, money
-from .migrate_options import NamespaceOption, Target, find_model, settings_for, width_of
+from .migrate_options import (
+    NamedModel,
+    NamespaceOption,
+    Target,
+    find_model,
+    settings_for,
+    width_of,
+)
 from .output import (
     ConfigOption,
     JsonOption,
@@ -267,20 +277,34 @@ def warm(  # noqa: PLR0913 - its options
         need_terminal("warm", "--yes", is_sure=yes)
     settings = loader.load(config_file, overrides=parse_settings(replaced))
     named_model = find_model(settings, model, "--model")
+    if settings.cache.mode != "normal":
+        raise ConfigError(
+            f"cache.mode: {settings.cache.mode}: what is embedded would not be bought, or not be"
+            " kept; set normal"
+        )
     tell_store(settings)
     with _spool(places) as paths:
         try:
             texts = TextFiles(paths, split=split, field=text_field, glob=glob, query=query)
         except SourceError as error:
             raise WorkFailed(str(error)) from error
-        service = EmbeddingService(settings_for(settings, named_model))
-        target = Target(service, named_model, width_of(named_model, None), namespace, CLIENT)
-        warmer = Warmer(texts, target, named_model.entry.price)
         report = Report(as_json=as_json, is_exact=named_model.space.tokenizer is not None)
+        run = Run(settings, named_model, texts, report, namespace)
         try:
-            asyncio.run(_warm(service, target, warmer, report, dry_run=dry_run, yes=yes))
+            asyncio.run(run.preview())
+            if run.planned.to_buy and not dry_run:
+                if run.unusable_reason:
+                    raise WorkFailed(f"nothing can be bought: {run.unusable_reason}")
+                # Not amid an event loop, where Ctrl-C would wait for the answer.
+                if not yes:
+                    confirm("Buy them?")
+                asyncio.run(run.buy())
+            else:
+                report.end(run.planned, Usage())
         except SourceError as error:
-            raise WorkFailed(f"{error}; what was bought before stays") from error
+            raise WorkFailed(f"{error}{run.kept}") from error
+    if run.stopped_by is not None:
+        raise typer.Exit(128 + run.stopped_by)
     if report.has_refused:
         raise typer.Exit(1)
 
@@ -297,32 +321,72 @@ def _spool(places: Sequence[str]) -> Iterator[list[Path]]:
         yield [Path(file.name if place == _STREAM else place) for place in places]
 
 
-async def _warm(  # noqa: PLR0913 - what a run is made of
-    service: EmbeddingService,
-    target: Target,
-    warmer: Warmer,
-    report: "Report",
-    *,
-    dry_run: bool,
-    yes: bool,
-) -> None:
-    async with service:
-        planned = await warmer.preview()
-        report.plan(planned)
-        if dry_run or not planned.to_buy:
-            report.end(planned, Usage())
+class Run:
+    """One run of the command: a preview, and then the purchase."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: NamedModel,
+        texts: TextFiles,
+        report: "Report",
+        namespace: str,
+    ) -> None:
+        self._settings = settings_for(settings, model)
+        self._model = model
+        self._texts = texts
+        self._report = report
+        self._namespace = namespace
+        self.planned = Preview()
+        self.kept = ""
+        """What is said of purchases behind a failure."""
+        self.unusable_reason: str | None = None
+        """Why nothing can be bought; None if something can."""
+        self.stopped_by: int | None = None
+        """The signal that has ended the purchase."""
+
+    async def preview(self) -> None:
+        """Print the preview. Raises SourceError, EmbeddingError."""
+        async with self._open() as (_, target, warmer):
+            self.planned = await warmer.preview()
+            self._report.plan(self.planned)
+            self.unusable_reason = target.unusable_reason
+
+    async def buy(self) -> None:
+        """Buy the missing texts, and print the result; SIGTERM ends it as Ctrl-C does."""
+        async with self._open() as (service, target, warmer):
+            spending, preview = Spending(service), self.planned
+            self.kept = "; what was bought before stays"
+            self._end_at_signals()
+            try:
+                preview = await warmer.buy(self.planned, spending)
+            except asyncio.CancelledError:
+                if self.stopped_by is None:
+                    raise
+            finally:
+                # Requested vectors are paid for, so they are kept, also after Ctrl-C.
+                await target.finish()
+                self._report.end(preview, spending.usage)
+
+    def _end_at_signals(self) -> None:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():
             return
-        if target.unusable_reason:
-            raise WorkFailed(target.unusable_reason)
-        if not yes:
-            confirm("Buy them?")
-        spending = Spending(service)
-        try:
-            preview = await warmer.buy(planned, spending)
-        finally:
-            # Requested vectors are paid for, so they are kept, also after Ctrl-C.
-            await target.finish()
-        report.end(preview, spending.usage)
+
+        def stop(number: int) -> None:
+            if task is not None and self.stopped_by is None:
+                self.stopped_by = number
+                task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, stop, number)
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[tuple[EmbeddingService, Target, Warmer]]:
+        service, model = EmbeddingService(self._settings), self._model
+        target = Target(service, model, width_of(model, None), self._namespace, CLIENT)
+        async with service:
+            yield service, target, Warmer(self._texts, target, model.entry.price)
 
 
 class Report:

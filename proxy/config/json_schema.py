@@ -29,6 +29,7 @@ _SHORT_FORMS: dict[str, dict[str, Any]] = {
     "ClientKey": {"type": "string"},
     "RouteConfig": {"type": "string"},
     "Fallback": {"type": "string"},
+    "Shared": {"type": "string"},
 }
 """Other values that are accepted instead of a definition's keys."""
 _PARTIAL = ("ProviderConfig", "ModelConfig")

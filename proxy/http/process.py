@@ -38,8 +38,9 @@ from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 from . import control, tls
 from .app import DASHBOARD, METRICS, SERVICE, build_app
-from .app_runner import Runner
+from .app_runner import REQUESTS, Runner
 from .control import Listener, Reply, Request, WorkerRequest
+from .request_metrics import RequestMetrics
 from .status import READINESS
 from .systemd import keep_watchdog_calm, notify, reloading
 
@@ -210,6 +211,11 @@ class Instance:
     def service(self) -> EmbeddingService:
         """What answers requests now: a reload replaces it."""
         return self._app[SERVICE]
+
+    @property
+    def requests(self) -> RequestMetrics:
+        """What became of the requests."""
+        return self._app[REQUESTS]
 
     async def __aenter__(self) -> Self:
         """Open all, and answer requests from now on. Raises StoreError, ConfigError."""

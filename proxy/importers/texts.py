@@ -99,7 +99,7 @@ def _files(place: Path, glob: str) -> Iterator[Path]:
 
 def _of_text(file: Path, split: Split) -> Iterator[Text]:
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
             if split == "file":
                 whole = lines.read()
                 if whole.strip():

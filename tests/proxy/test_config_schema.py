@@ -29,6 +29,11 @@ def _mistakes(content):
     return [f"{error.json_path}: {error.message}" for error in found]
 
 
+def test_it_takes_an_address_in_place_of_a_section():
+    """As the configuration does."""
+    assert _mistakes({"cache": {"shared": "redis://localhost"}}) == []
+
+
 def test_it_is_a_schema():
     """By the rules for schemas."""
     jsonschema.Draft202012Validator.check_schema(SCHEMA)

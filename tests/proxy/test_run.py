@@ -91,6 +91,9 @@ async def test_what_was_recorded_is_served_frozen_without_a_key(run, upstream, t
     (tmp_path / "test_project.py").write_text(PROJECT.replace("two", "another"))
     code, out, err = await run("--frozen", "--", *command)
     assert (code, "1 failed" in out) == (1, True), out + err
+    assert (
+        "0 inputs: 0 from the cache, nothing bought; $0.00 saved; 1 request failed (404: 1)" in err
+    )
 
 
 @pytest.mark.parametrize(

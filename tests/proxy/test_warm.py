@@ -20,6 +20,12 @@ SMALL = "text-embedding-3-small"
 WORDS = [f"text number {i}" for i in range(3000)]
 
 
+def test_a_mark_of_the_encoding_is_no_text(tmp_path):
+    """As some editors write it before the first line."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst\nsecond\n")
+    assert list(TextFiles([tmp_path / "a.txt"])) == ["first", "second"]
+
+
 @pytest.fixture
 def files(tmp_path):
     """Give a folder with the same two texts in every form."""
@@ -186,8 +192,9 @@ async def test_a_provider_that_refuses_ends_it_with_its_reason(warm, upstream):
     assert (done.code, done.err.count("\n")) == (1, 1), done.err
 
 
-async def test_an_interrupted_run_goes_on_for_nothing(upstream, tmp_path):
-    """What was asked for when Ctrl-C came is kept; the next run buys the rest."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_an_interrupted_run_goes_on_for_nothing(number, upstream, tmp_path):
+    """What was asked for when the signal came is kept; the next run buys the rest."""
     (tmp_path / "texts.txt").write_text("\n".join(WORDS))
     (tmp_path / "config.yaml").write_text(
         json.dumps(
@@ -213,10 +220,11 @@ async def test_an_interrupted_run_goes_on_for_nothing(upstream, tmp_path):
     first = await start()
     while len(upstream.calls) < 4:  # noqa: ASYNC110 - another process makes them
         await asyncio.sleep(0.01)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     upstream.gate.set()
-    _, err = await first.communicate()
-    assert (first.returncode, b"Traceback" in err) == (130, False), err
+    out, err = await first.communicate()
+    assert (first.returncode, b"Traceback" in err) == (128 + number, False), err
+    assert b" texts bought for $" in out
     second = await start()
     out, err = await second.communicate()
     assert second.returncode == 0, err
