@@ -135,3 +135,20 @@ def test_hours_of_a_damaged_file_are_saved(tmp_path):
             salvage_file(path, file, add_sums=True)
         assert _hours(file) == {NOON: one.plus(one), NOON + 1: one}
         assert _hours(file, client="d") == {NOON: one}
+
+
+def test_a_write_amid_the_comparison_of_both_copies_is_no_damage(file):
+    """Both are read in one state of the file: a transaction between two reads changes both."""
+    _put(file, {(DAY, _key()): Usage(hits=1)}, NOON)
+    with contextlib.closing(sqlite3.connect(file.path)) as reader:
+
+        def read_then_write(statement, *arguments):
+            rows = reader.execute(statement, *arguments).fetchall()
+            _put(file, {(DAY, _key()): Usage(hits=1)}, NOON)
+
+            class Rows:
+                fetchall = staticmethod(lambda: rows)
+
+            return Rows
+
+        assert ledger_reader.copies_agree(read_then_write)
