@@ -28,7 +28,7 @@ class Shared(Section):
     sentinel_password_env: VariableName | None = None
     ca_file: CertificateFile | None = None
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")] = "embedding-proxy"
-    timeout_ms: Annotated[Number, Field(gt=0, le=1000)] = 5
+    timeout_ms: Annotated[Number, Field(gt=0, le=1000)] = 50
     max_connections: Annotated[Whole, Field(ge=1, le=1000)] = 16
     ttl_days: Annotated[Number, Field(gt=0, le=1e5)] | None = None
     element_type: Literal["float32", "float16"] = "float32"
