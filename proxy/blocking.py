@@ -152,43 +152,58 @@ def embed(  # noqa: PLR0913 - the parameters of a request
     """
     # In this thread: an iterator may be of use in no other.
     copy: Any = convert_input(inputs)
-    future = _services.submit(
-        config,
-        lambda service: service.embed(
-            copy,
-            model,
-            dimensions=dimensions,
-            parameters=parameters,
-            user=user,
-            namespace=namespace,
-            client=client,
-            api_key=api_key,
-            cache_control=cache_control,
-            index=index,
-        ),
-    )
-    with _ending_after_calls():
-        return wait(future)
+    # From before the call begins: it may be paid for as soon as it is submitted.
+    with _ending_after_calls() as wait_interruptibly:
+        future = _services.submit(
+            config,
+            lambda service: service.embed(
+                copy,
+                model,
+                dimensions=dimensions,
+                parameters=parameters,
+                user=user,
+                namespace=namespace,
+                client=client,
+                api_key=api_key,
+                cache_control=cache_control,
+                index=index,
+            ),
+        )
+        return wait_interruptibly(future)
 
 
 @contextlib.contextmanager
-def _ending_after_calls() -> Iterator[None]:
+def _ending_after_calls() -> Iterator[Callable[[concurrent.futures.Future[T]], T]]:
     """Have SIGTERM end the process only when the calls in progress are kept; a second one at once.
 
-    In the main thread, and unless the program itself has said what the signal does.
+    In the main thread, and unless the program itself has said what the signal does. Gives a
+    function that waits for a call. A signal that comes earlier takes effect there, so that no call
+    is submitted by halves.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
+        yield wait
         return
+    is_waiting = is_terminated = False
 
     def interrupt(*_: object) -> None:
+        nonlocal is_terminated
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise _Terminated
+        is_terminated = True
+        if is_waiting:
+            raise _Terminated
+
+    def wait_interruptibly(future: concurrent.futures.Future[T]) -> T:
+        nonlocal is_waiting
+        is_waiting = True
+        if is_terminated:
+            future.cancel()
+            raise _Terminated
+        return wait(future)
 
     try:
         signal.signal(signal.SIGTERM, interrupt)
-        yield
+        yield wait_interruptibly
     except _Terminated:
         _services.end()
         os.kill(os.getpid(), signal.SIGTERM)

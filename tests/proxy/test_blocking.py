@@ -299,6 +299,47 @@ embedding_proxy.embed("a cat", model="text-embedding-3-small", config=sys.argv[1
 """
 
 
+TERMINATED_EARLY = """
+import os, signal, sys
+import embedding_proxy
+from embedding_proxy.proxy import blocking
+
+submit = blocking._services.submit
+
+def submit_and_terminate(*arguments):
+    future = submit(*arguments)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGTERM)
+    return future
+
+blocking._services.submit = submit_and_terminate
+embedding_proxy.embed("a cat", model="text-embedding-3-small", config=sys.argv[1])
+"""
+
+
+async def test_sigterm_before_the_main_thread_waits_ends_the_process_as_late(
+    config, upstream, monkeypatch
+):
+    """The call may have reached the upstream by then: it is paid for, and kept."""
+    provider = f"{{kind: openai, base_url: '{upstream.url}'}}"
+    config.write_text(f"cache: {{directory: ./store}}\nproviders: {{openai: {provider}}}\n")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    upstream.gate = asyncio.Event()
+    script = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", TERMINATED_EARLY, str(config)),
+        stdin=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    await until(lambda: upstream.calls)
+    upstream.gate.set()
+    await script.communicate(b"\n")
+    assert script.returncode == -signal.SIGTERM
+    async with embedding_proxy.EmbeddingService.from_config(config) as service:
+        result = await service.embed("a cat", "text-embedding-3-small")
+    assert result.outcomes == ["hit"]
+    assert len(upstream.calls) == 1
+
+
 async def test_sigterm_amid_a_call_ends_the_process_when_its_entry_is_kept(
     config, upstream, monkeypatch
 ):
