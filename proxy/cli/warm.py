@@ -5,6 +5,7 @@ in the cache at once, so that a run that was interrupted goes on where it ended,
 """
 
 import asyncio
+import logging
 import math
 import shutil
 import signal
@@ -273,6 +274,8 @@ def warm(  # noqa: PLR0913 - its options
     A text is cached as it stands: byte for byte what your application sends later. A run that was
     interrupted goes on when it is started again; what was bought is not bought again.
     """
+    # Of waits for a provider that fails, which may take minutes.
+    logging.getLogger("embedding_proxy.migrate").setLevel(logging.WARNING)
     if not dry_run:
         need_terminal("warm", "--yes", is_sure=yes)
     settings = loader.load(config_file, overrides=parse_settings(replaced))

@@ -232,6 +232,36 @@ async def test_an_interrupted_run_goes_on_for_nothing(number, upstream, tmp_path
     assert b"3000" not in out.splitlines()[-1]
 
 
+async def test_it_says_what_it_waits_for(upstream, tmp_path):
+    """A provider that fails is asked again for minutes: each wait has a line."""
+    (tmp_path / "texts.txt").write_text("a")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "cache": {"directory": str(tmp_path / "cache")},
+                "providers": {"openai": {"base_url": upstream.url}},
+            }
+        )
+    )
+    upstream.always = status(200, "rubbish")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "embedding_proxy", "warm", str(tmp_path / "texts.txt"), "--yes"),
+        *("--model", SMALL, "--config", str(config)),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "OPENAI_API_KEY": "k"},
+    )
+    lines = b""
+    while b"; trying again in " not in lines:
+        line = await process.stderr.readline()
+        assert line, lines
+        lines += line
+    process.terminate()
+    _, err = await process.communicate()
+    assert (process.returncode, b"Traceback" in err) == (128 + signal.SIGTERM, False)
+
+
 async def test_a_query_without_end_is_interrupted(tmp_path):
     """Ctrl-C does not wait for who reads the texts."""
     sqlite3.connect(tmp_path / "k.db").close()
