@@ -133,10 +133,11 @@ class Warmer:
             try:
                 async with asyncio.TaskGroup() as group:
                     async for batch in self._missing(preview):
+                        spending.check_kept()
                         preview.to_buy += len(batch)
                         await places.acquire()
                         group.create_task(embed(batch))
-            except* EmbeddingError as failures:
+            except* (EmbeddingError, WorkFailed) as failures:
                 raise failures.exceptions[0] from None
         return preview
 
@@ -234,6 +235,14 @@ class Spending:
         return reduce(
             Usage.plus, (usage for key, usage in counted if key.client == CLIENT), Usage()
         )
+
+    def check_kept(self) -> None:
+        """Raise WorkFailed while the disk does not take what is bought: it would be lost."""
+        if self._service.unwritten > BESIDE * BATCH:
+            raise WorkFailed(
+                "the disk does not take what is bought, so no more is; free some space, and start"
+                " again to go on"
+            )
 
     def note(self) -> str:
         """Return the money spent, for the progress line."""

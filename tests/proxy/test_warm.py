@@ -11,8 +11,10 @@ from contextlib import closing
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedding_proxy.cache.disk import disk_full
 from embedding_proxy.cache.maintenance.import_source import RejectedPair, SourceError
 from embedding_proxy.providers import tokens
+from embedding_proxy.proxy.cli import warm as warm_module
 from embedding_proxy.proxy.importers.texts import TextFiles
 from fault_server import status
 
@@ -230,6 +232,21 @@ async def test_an_interrupted_run_goes_on_for_nothing(number, upstream, tmp_path
     assert second.returncode == 0, err
     assert sorted(upstream.inputs) == sorted(WORDS)
     assert b"3000" not in out.splitlines()[-1]
+
+
+async def test_a_full_disk_ends_the_purchase(warm, upstream, monkeypatch):
+    """What cannot be kept is not bought; what was bought before is, with the last room."""
+    monkeypatch.setattr(warm_module, "BATCH", 1)
+    monkeypatch.setattr(warm_module, "BESIDE", 1)
+    monkeypatch.setattr(disk_full, "FREE_BYTES", 1 << 60)
+    done = await warm(texts=["a", "b", "c", "d", "e", "f"])
+    assert (done.code, "free some space, and start again to go on" in done.err) == (1, True)
+    bought = len(upstream.inputs)
+    assert 1 < bought < 6
+    monkeypatch.setattr(disk_full, "FREE_BYTES", 0)
+    done = await warm(texts=["a", "b", "c", "d", "e", "f"])
+    assert f"{bought} cached, {6 - bought} to buy" in done.out
+    assert len(upstream.inputs) == 6
 
 
 async def test_it_says_what_it_waits_for(upstream, tmp_path):
